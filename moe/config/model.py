@@ -1,0 +1,148 @@
+"""The architecture: DeepSeek-V3's transformer and the ancestors it grew from."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from moe.config.base import Config
+
+# DeepSeek-V3 scores a group by its two best experts (arXiv 2412.19437, section 2.1.2 and the released inference code).
+EXPERTS_PER_GROUP_SCORE = 2
+
+
+class MlaConfig(Config):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    kind: Literal["mla"] = "mla"
+    num_heads: PositiveInt = 4
+    q_lora_rank: PositiveInt | None = None
+    """Width of the compressed query latent; null projects queries directly."""
+    kv_lora_rank: PositiveInt = 64
+    """Width of the compressed key-value latent."""
+    qk_nope_head_dim: PositiveInt = 32
+    """Width per head of the query-key part without position."""
+    qk_rope_head_dim: PositiveInt = 16
+    """Width per head of the query-key part with rotary position, shared by all heads on the key side."""
+    v_head_dim: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _rotary_pairs(self) -> "MlaConfig":
+        for field in ("qk_nope_head_dim", "qk_rope_head_dim"):
+            if getattr(self, field) % 2:
+                raise ValueError(f"{field} must be even (dimensions are turned in pairs), got {getattr(self, field)}")
+        return self
+
+
+class MhaConfig(Config):
+    """Plain multi-head attention with rotary position on the whole head (DeepSeekMoE 16B)."""
+
+    kind: Literal["mha"] = "mha"
+    num_heads: PositiveInt = 4
+    head_dim: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _rotary_pairs(self) -> "MhaConfig":
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary pairs), got {self.head_dim}")
+        return self
+
+
+AttentionConfig = Annotated[MlaConfig | MhaConfig, Field(discriminator="kind")]
+
+
+class MoeConfig(Config):
+    """Shared and routed experts and the router that chooses among them (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    num_experts: NonNegativeInt = 16
+    """Routed experts per MoE layer; 0 makes every layer dense (then only model.intermediate_size counts)."""
+    top_k: PositiveInt = 2
+    """Routed experts that each token activates."""
+    num_shared_experts: NonNegativeInt = 1
+    """Experts that every token passes; their widths add up to one FFN."""
+    expert_size: PositiveInt = 128
+    """Hidden width of one expert's SwiGLU."""
+    first_dense_layers: NonNegativeInt = 1
+    """The first layers keep a dense FFN of model.intermediate_size."""
+    affinity: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Function from router logits to affinities."""
+    num_groups: PositiveInt = 1
+    """Experts are divided into this many equal groups, contiguous by expert id."""
+    top_groups: PositiveInt = 1
+    """Groups that a token may choose experts from; a group's score is the sum of its two best biased affinities."""
+    normalize_gates: bool = True
+    """Divide the chosen affinities by their sum."""
+    routed_scaling_factor: PositiveFloat = 1.0
+    """The routed experts' output is multiplied by this."""
+
+    @model_validator(mode="after")
+    def _selection_is_possible(self) -> "MoeConfig":
+        if self.num_experts == 0:
+            return self
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})")
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_experts ({self.num_experts}) is not divisible by num_groups ({self.num_groups})")
+        if self.top_groups > self.num_groups:
+            raise ValueError(f"top_groups ({self.top_groups}) is larger than num_groups ({self.num_groups})")
+        per_group = self.num_experts // self.num_groups
+        if self.top_k > self.top_groups * per_group:
+            raise ValueError(
+                f"top_k ({self.top_k}) is more than the {self.top_groups} chosen groups hold "
+                f"({self.top_groups} x {per_group} experts)"
+            )
+        if self.top_groups < self.num_groups and per_group < EXPERTS_PER_GROUP_SCORE:
+            raise ValueError(
+                f"a group is scored by its {EXPERTS_PER_GROUP_SCORE} best experts, but num_experts / num_groups is {per_group}"
+            )
+        return self
+
+
+class MtpConfig(Config):
+    """Multi-token prediction (DeepSeek-V3, section 2.2): an extra block that predicts the token after the next."""
+
+    depth: Literal[0, 1] = 0
+    """Extra tokens predicted per position; 0 is off."""
+    loss_weight: PositiveFloat = 0.3
+    """Weight of the extra loss (lambda)."""
+
+
+class InitConfig(Config):
+    """Starting weights."""
+
+    std: PositiveFloat = 0.006
+    """Standard deviation of every normally initialised matrix (DeepSeek-V3 uses 0.006)."""
+
+
+class ModelConfig(Config):
+    """The transformer."""
+
+    vocab_size: PositiveInt | None = None
+    """Entries of the embedding; null takes the tokenizer's size."""
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 4
+    intermediate_size: PositiveInt = 512
+    """Hidden width of a dense layer's SwiGLU."""
+    attention: AttentionConfig = MlaConfig()
+    rope_theta: PositiveFloat = 10000.0
+    norm_eps: PositiveFloat = 1e-6
+    moe: MoeConfig = MoeConfig()
+    mtp: MtpConfig = MtpConfig()
+    init: InitConfig = InitConfig()
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether transformer layer ``layer`` (from 0; an MTP block counts as layer ``num_layers``) holds experts."""
+        return self.moe.num_experts > 0 and layer >= self.moe.first_dense_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with a router, those of the MTP block included."""
+        return sum(self.is_moe_layer(layer) for layer in range(self.num_layers + self.mtp.depth))
+
+    @model_validator(mode="after")
+    def _has_the_layers_it_claims(self) -> "ModelConfig":
+        if self.moe.num_experts and self.moe.first_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"moe.first_dense_layers ({self.moe.first_dense_layers}) leaves none of the {self.num_layers} layers "
+                "for the experts; set moe.num_experts=0 for a dense model"
+            )
+        return self

@@ -1,0 +1,148 @@
+"""Everything that one optimizer step depends on: the part of a run's config that the Trainer reads."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from moe.config.base import Config
+from moe.config.model import ModelConfig
+from moe.config.stability import StabilityConfig
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class AdamwConfig(Config):
+    """AdamW (arXiv 1711.05101) with the betas of DeepSeek-V3."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; norm gains are never decayed."""
+
+
+# The next optimizer makes this a union discriminated by ``kind``, as the families in moe.config.stability are.
+OptimizerConfig = AdamwConfig
+
+
+class ConstantDecay(Config):
+    """The learning rate stays at its peak after the warm-up."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class CosineDecay(Config):
+    """Half a cosine from the peak at the end of the warm-up to ``final_fraction`` of it at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    final_fraction: Fraction = 0.1
+
+
+DecayConfig = Annotated[ConstantDecay | CosineDecay, Field(discriminator="kind")]
+
+
+class ScheduleConfig(Config):
+    """How long to train, and the learning rate on the way."""
+
+    steps: PositiveInt = 500
+    """Optimizer steps in all."""
+    warmup_steps: NonNegativeInt = 50
+    """Steps of linear warm-up from 0 (exclusive) to the peak."""
+    decay: DecayConfig = CosineDecay()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "ScheduleConfig":
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is larger than steps ({self.steps})")
+        return self
+
+
+class PrecisionConfig(Config):
+    """What runs in which dtype. Weights, optimizer state, router and norms are fp32 in every case."""
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of matrix products and of tokens on the wire."""
+
+
+class ParallelConfig(Config):
+    """Ranks and what each of them holds."""
+
+    workers: PositiveInt = 1
+    """Ranks in all. Every rank reads its own share of each batch."""
+    expert_parallel: PositiveInt = 1
+    """Ranks over which each layer's experts are divided; workers / expert_parallel copies of every expert exist."""
+    dense: Literal["replicate", "shard"] = "replicate"
+    """Dense parameters: a copy on every rank, or sharded over all ranks (FSDP2)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA (one GPU per worker) where there is any."""
+    threads: PositiveInt = 1
+    """CPU threads per worker; part of what makes a run repeatable bit for bit."""
+
+    @model_validator(mode="after")
+    def _experts_divide_the_ranks(self) -> "ParallelConfig":
+        if self.workers % self.expert_parallel:
+            raise ValueError(f"workers ({self.workers}) is not divisible by expert_parallel ({self.expert_parallel})")
+        return self
+
+
+class BatchConfig(Config):
+    """The size of a batch."""
+
+    global_batch_size: PositiveInt = 32
+    """Sequences per optimizer step, over all workers."""
+    micro_batch_size: PositiveInt | None = None
+    """Sequences per forward on one worker; null takes the worker's whole share at once."""
+    sequence_length: PositiveInt = 256
+    """Tokens per sequence."""
+
+
+class TrainerConfig(Config):
+    """One optimizer step, completely."""
+
+    seed: NonNegativeInt = 0
+    """Decides the starting weights and the order of the data."""
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = AdamwConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    stability: StabilityConfig = StabilityConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: BatchConfig = BatchConfig()
+
+    @property
+    def sequences_per_worker(self) -> int:
+        """Sequences per optimizer step on one worker."""
+        return self.data.global_batch_size // self.parallel.workers
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward-backward passes per optimizer step on one worker."""
+        return self.sequences_per_worker // (self.data.micro_batch_size or self.sequences_per_worker)
+
+    @model_validator(mode="after")
+    def _shares_are_whole(self) -> "TrainerConfig":
+        workers, experts = self.parallel.workers, self.model.moe.num_experts
+        if self.data.global_batch_size % workers:
+            raise ValueError(
+                f"data.global_batch_size ({self.data.global_batch_size}) is not divisible by parallel.workers ({workers})"
+            )
+        micro = self.data.micro_batch_size
+        if micro is not None and self.sequences_per_worker % micro:
+            raise ValueError(
+                f"data.micro_batch_size ({micro}) does not divide a worker's share of the batch, "
+                f"data.global_batch_size / parallel.workers = {self.sequences_per_worker}"
+            )
+        if self.parallel.expert_parallel > 1 and experts == 0:
+            raise ValueError(
+                "parallel.expert_parallel is above 1, but model.moe.num_experts is 0: there is no expert to place"
+            )
+        if experts % self.parallel.expert_parallel:
+            raise ValueError(
+                f"model.moe.num_experts ({experts}) is not divisible by parallel.expert_parallel "
+                f"({self.parallel.expert_parallel})"
+            )
+        return self

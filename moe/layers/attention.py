@@ -1,0 +1,103 @@
+"""Causal self-attention: multi-head latent attention (arXiv 2405.04434, section 2.1) and plain multi-head.
+
+Shape legend: B sequences, S positions, D model width, H heads, N query-key width without position, R rotary width,
+V value width per head, C key-value latent width.
+"""
+
+from typing import assert_never
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe.config.model import MhaConfig, MlaConfig, ModelConfig
+from moe.layers.linear import Linear
+from moe.layers.norm import RMSNorm
+from moe.layers.rotary import rotary_turns, rotate
+
+
+def _attend(q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor) -> torch.Tensor:
+    """Causal softmax attention -> [B, S, H*V].
+
+    The fused CPU kernel wants equal widths; a narrower value is padded with zeros, which the product ignores, because
+    the unfused path writes the whole S x S matrix of every head.
+    """
+    width = v_BHSV.shape[-1]
+    if v_BHSV.device.type == "cpu" and width < q_BHSK.shape[-1]:
+        v_BHSV = F.pad(v_BHSV, (0, q_BHSK.shape[-1] - width))
+    scale = q_BHSK.shape[-1] ** -0.5
+    y_BHSV = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSV, is_causal=True, scale=scale)
+    return y_BHSV[..., :width].transpose(1, 2).flatten(2)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: keys and values are expanded from a narrow, normalised latent.
+
+    Only R dimensions of each query and one shared key carry rotary position.
+    """
+
+    def __init__(self, config: ModelConfig, attention: MlaConfig) -> None:
+        super().__init__()
+        self.config = attention
+        self.rope_theta = config.rope_theta
+        hidden, heads = config.hidden_size, attention.num_heads
+        qk_width = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        if attention.q_lora_rank is None:
+            self.q_proj: nn.Module = Linear(hidden, heads * qk_width)
+        else:
+            self.q_proj = nn.Sequential(
+                Linear(hidden, attention.q_lora_rank),
+                RMSNorm(attention.q_lora_rank, config.norm_eps),
+                Linear(attention.q_lora_rank, heads * qk_width),
+            )
+        self.kv_down = Linear(hidden, attention.kv_lora_rank + attention.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(attention.kv_lora_rank, config.norm_eps)
+        self.kv_up = Linear(attention.kv_lora_rank, heads * (attention.qk_nope_head_dim + attention.v_head_dim))
+        self.out_proj = Linear(heads * attention.v_head_dim, hidden)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        c = self.config
+        heads = (c.num_heads, -1)
+        turns = rotary_turns(x_BSD.shape[1], c.qk_rope_head_dim, self.rope_theta, x_BSD.device, c.qk_nope_head_dim)
+        q_BHSK = rotate(self.q_proj(x_BSD).unflatten(-1, heads).transpose(1, 2), turns)
+        latent_BSC, k_rope_BSR = self.kv_down(x_BSD).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        kv_BHS = self.kv_up(self.kv_norm(latent_BSC)).unflatten(-1, heads).transpose(1, 2)
+        k_nope, v_BHSV = kv_BHS.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        k_rope = rotate(k_rope_BSR.unsqueeze(1), turns[:, c.qk_nope_head_dim // 2 :]).expand(-1, c.num_heads, -1, -1)
+        k_BHSK = torch.cat((k_nope, k_rope), dim=-1)
+        y: torch.Tensor = self.out_proj(_attend(q_BHSK, k_BHSK, v_BHSV))
+        return y
+
+
+class MultiHeadAttention(nn.Module):
+    """Plain multi-head attention, rotary position on the whole head."""
+
+    def __init__(self, config: ModelConfig, attention: MhaConfig) -> None:
+        super().__init__()
+        self.config = attention
+        self.rope_theta = config.rope_theta
+        width = attention.num_heads * attention.head_dim
+        self.q_proj = Linear(config.hidden_size, width)
+        self.k_proj = Linear(config.hidden_size, width)
+        self.v_proj = Linear(config.hidden_size, width)
+        self.out_proj = Linear(width, config.hidden_size)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        heads = (self.config.num_heads, -1)
+        q, k, v = (proj(x_BSD).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        turns = rotary_turns(x_BSD.shape[1], self.config.head_dim, self.rope_theta, x_BSD.device)
+        y: torch.Tensor = self.out_proj(_attend(rotate(q, turns), rotate(k, turns), v))
+        return y
+
+
+def build_attention(config: ModelConfig) -> nn.Module:
+    """The attention that ``model.attention.kind`` names."""
+    match config.attention:
+        case MlaConfig() as attention:
+            return LatentAttention(config, attention)
+        case MhaConfig() as attention:
+            return MultiHeadAttention(config, attention)
+        case other:
+            assert_never(other)

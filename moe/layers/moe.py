@@ -1,0 +1,38 @@
+"""The MoE layer: router, dispatch, routed experts and shared experts.
+
+Shape legend: B sequences, S positions, T = B*S tokens, D model width.
+"""
+
+import torch
+from torch import nn
+
+from moe.config.model import ModelConfig
+from moe.layers.dispatch import dispatch_combine
+from moe.layers.experts import Experts
+from moe.layers.ffn import SwiGLU
+from moe.layers.router import Router, Routing
+from moe.parallel import Ranks
+
+
+class MoeLayer(nn.Module):
+    """Each token passes its top-k routed experts, weighted, and all shared experts. No token is dropped."""
+
+    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+        super().__init__()
+        c = config.moe
+        self.ranks = ranks
+        self.router = Router(config.hidden_size, c)
+        self.experts = Experts(c.num_experts // ranks.ep, config.hidden_size, c.expert_size)
+        # Shared experts all see the same token with weight 1, so n of them are one FFN of n times the width.
+        self.shared = SwiGLU(config.hidden_size, c.num_shared_experts * c.expert_size) if c.num_shared_experts else None
+
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None) -> tuple[torch.Tensor, Routing]:
+        """[B, S, D] -> the layer's output and its routing; padding is routed like any token but not counted."""
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_TD, None if real_BS is None else real_BS.flatten())
+        y_TD = dispatch_combine(
+            x_TD, routing.ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks
+        )
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view_as(x_BSD), routing

@@ -1,0 +1,73 @@
+"""The router: which experts a token goes to, and with what weight (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+Shape legend: T tokens, D model width, E routed experts, G expert groups, K experts per token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe.config.model import EXPERTS_PER_GROUP_SCORE, MoeConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's decision for one micro-batch.
+
+    ``load_E`` counts, as int64, the real tokens sent to each expert. It is returned rather than accumulated in the
+    module, so that a forward that is repeated (recomputation, evaluation) cannot count twice. ``real_T`` says which
+    tokens those are; None means all.
+    """
+
+    logits_TE: torch.Tensor
+    affinity_TE: torch.Tensor
+    ids_TK: torch.Tensor
+    gates_TK: torch.Tensor
+    load_E: torch.Tensor
+    real_T: torch.Tensor | None
+
+
+class Router(nn.Module):
+    """Scores experts in fp32 and picks the K best by affinity plus bias; the bias never enters a gate."""
+
+    expert_bias_E: torch.Tensor
+
+    def __init__(self, hidden_size: int, config: MoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        # A buffer: no gradient, no decay, in the checkpoint. fp32 because steps of 1e-3 vanish in bf16.
+        self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, x_TD: torch.Tensor, real_T: torch.Tensor | None = None) -> Routing:
+        """Route tokens [T, D]; ``real_T`` (bool) leaves padding out of the load."""
+        logits_TE = F.linear(x_TD.float(), self.weight)
+        affinity_TE = logits_TE.sigmoid() if self.config.affinity == "sigmoid" else logits_TE.softmax(dim=-1)
+        ids_TK = self.select(affinity_TE.detach())
+        gates_TK = affinity_TE.gather(1, ids_TK)
+        if self.config.normalize_gates:
+            gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        gates_TK = gates_TK * self.config.routed_scaling_factor
+        counted_TK = ids_TK if real_T is None else ids_TK[real_T]
+        load_E = torch.bincount(counted_TK.flatten(), minlength=self.config.num_experts)
+        return Routing(logits_TE, affinity_TE, ids_TK, gates_TK, load_E, real_T)
+
+    def select(self, affinity_TE: torch.Tensor) -> torch.Tensor:
+        """Expert ids [T, K], int64, ascending: the best by biased affinity inside the best groups.
+
+        A group's score is the sum of its two best biased affinities. Experts of other groups are masked with -inf,
+        not with 0: biased affinities can be negative, and a masked 0 would then win.
+        """
+        c = self.config
+        scores_TE = affinity_TE + self.expert_bias_E
+        if c.top_groups < c.num_groups:
+            scores_TGE = scores_TE.unflatten(1, (c.num_groups, -1))
+            group_scores_TG = scores_TGE.topk(EXPERTS_PER_GROUP_SCORE, dim=-1).values.sum(dim=-1)
+            chosen = group_scores_TG.topk(c.top_groups, dim=-1).indices
+            barred_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, chosen, False)
+            scores_TE = scores_TGE.masked_fill(barred_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        ids_TK = scores_TE.topk(c.top_k, dim=-1, sorted=False).indices
+        # In an order that the bias has no say in: sums over K would otherwise round differently when it moves.
+        return ids_TK.sort(dim=-1).values

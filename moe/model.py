@@ -1,0 +1,118 @@
+"""The transformer: embedding, blocks, head, and multi-token prediction.
+
+Shape legend: B sequences, S positions, L = S + 1 + MTP depth, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe.batch import Batch
+from moe.config.model import ModelConfig
+from moe.layers.attention import build_attention
+from moe.layers.ffn import SwiGLU
+from moe.layers.linear import Linear
+from moe.layers.moe import MoeLayer
+from moe.layers.norm import RMSNorm
+from moe.layers.router import Routing
+from moe.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Logits [B, S, V] in the compute dtype, for the next token and (with MTP) the one after; routing per MoE layer."""
+
+    logits: torch.Tensor
+    mtp_logits: torch.Tensor | None
+    routings: list[Routing]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, dense or MoE by the layer's number."""
+
+    def __init__(self, config: ModelConfig, layer: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = build_attention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn: SwiGLU | MoeLayer
+        if config.is_moe_layer(layer):
+            self.ffn = MoeLayer(config, ranks)
+        else:
+            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None) -> tuple[torch.Tensor, Routing | None]:
+        """[B, S, D] -> the same shape, and the routing if this layer has experts."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        normed = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, MoeLayer):
+            y_BSD, routing = self.ffn(normed, real_BS)
+            return x_BSD + y_BSD, routing
+        return x_BSD + self.ffn(normed), None
+
+
+class MtpBlock(nn.Module):
+    """Predicts the token after the next from the trunk's state and the next token (DeepSeek-V3, section 2.2).
+
+    Embedding and head are the trunk's; the rest is its own.
+    """
+
+    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+        super().__init__()
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.project = Linear(2 * config.hidden_size, config.hidden_size)
+        self.block = Block(config, config.num_layers, ranks)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, hidden_BSD: torch.Tensor, next_embedding_BSD: torch.Tensor, real_BS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """Trunk state (before its final norm) and the next token's embedding -> normalised state, routing."""
+        joined = torch.cat((self.hidden_norm(hidden_BSD), self.embed_norm(next_embedding_BSD)), dim=-1)
+        y_BSD, routing = self.block(self.project(joined), real_BS)
+        return self.norm(y_BSD), routing
+
+
+class Transformer(nn.Module):
+    """The whole model; ``config.vocab_size`` must be set. Build it on the meta device to count without memory."""
+
+    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size must be set before the model is built")
+        self.config = config
+        self.compute_dtype = dtype
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = MtpBlock(config, ranks) if config.mtp.depth else None
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Predict every position of ``batch``, whose ids are [B, S + 1 + MTP depth]."""
+        depth = self.config.mtp.depth if self.mtp is not None else 0
+        length = batch.ids_BL.shape[1] - 1 - depth
+        real = None if batch.real_BL is None else batch.real_BL[:, :length]
+        embedded_BLD = self.embed(batch.ids_BL[:, : length + depth]).to(self.compute_dtype)
+        x_BSD = embedded_BLD[:, :length]
+        routings: list[Routing] = []
+        for layer in self.layers:
+            x_BSD, routing = layer(x_BSD, real)
+            if routing is not None:
+                routings.append(routing)
+        mtp_logits = None
+        if self.mtp is not None:
+            # It reads the next token as well, so a position counts as real only if that is.
+            real_ahead = None if batch.real_BL is None else batch.real_BL[:, :length] & batch.real_BL[:, 1 : length + 1]
+            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], real_ahead)
+            mtp_logits = self.head(y_BSD)
+            if routing is not None:
+                routings.append(routing)
+        return ModelOutput(self.head(self.norm(x_BSD)), mtp_logits, routings)
+
+    def moe_layers(self) -> list[MoeLayer]:
+        """Every layer with experts, in the order of ``ModelOutput.routings`` (the MTP block's last)."""
+        blocks = [*self.layers, *([self.mtp.block] if self.mtp is not None else [])]
+        return [block.ffn for block in blocks if isinstance(block.ffn, MoeLayer)]

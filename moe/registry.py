@@ -1,0 +1,46 @@
+"""The one list of what makes the next step what it is: disk checkpoints, snapshots and replay all read it."""
+
+from collections.abc import Mapping
+
+import torch
+
+from moe.model import Transformer
+from moe.optim import AdamW
+from moe.parallel import Ranks
+from moe.parameters import Parameter, ParameterSet
+from moe.stability.technique import Technique
+from moe.state import TrainingState
+
+
+def _as_saved(parameter: Parameter, local: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """``local`` as every rank should see it: sharded placements as DTensors over the same storage."""
+    if parameter.placement == "replicated" or ranks.mesh is None:
+        return local
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if parameter.placement == "experts":
+        return DTensor.from_local(local, ranks.mesh, (Replicate(), Shard(0)), run_check=False)
+    handle = parameter.handle
+    assert isinstance(handle, DTensor)
+    return DTensor.from_local(
+        local, handle.device_mesh, handle.placements, run_check=False, shape=handle.shape, stride=handle.stride()
+    )
+
+
+def collect_state(
+    model: Transformer,
+    parameters: ParameterSet,
+    optimizer: AdamW,
+    techniques: Mapping[str, Technique],
+    ranks: Ranks,
+    scalars: dict[str, int],
+) -> TrainingState:
+    """Live tensors of the weights, buffers (expert biases), moments and techniques, by name."""
+    tensors: dict[str, torch.Tensor] = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+    for p in parameters.all:
+        tensors[f"model.{p.name}"] = _as_saved(p, p.local, ranks)
+        tensors[f"optimizer.exp_avg.{p.name}"] = _as_saved(p, optimizer.exp_avg[p.name], ranks)
+        tensors[f"optimizer.exp_avg_sq.{p.name}"] = _as_saved(p, optimizer.exp_avg_sq[p.name], ranks)
+    for family, technique in techniques.items():
+        tensors |= {f"stability.{family}.{name}": tensor for name, tensor in technique.state().items()}
+    return TrainingState(tensors, scalars)

@@ -1,0 +1,48 @@
+"""Figures about routing, from the counts and logits of a step.
+
+Shape legend: M MoE layers, E routed experts, T tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from moe.layers.router import Routing
+
+
+def max_violation(counts_ME: torch.Tensor) -> torch.Tensor:
+    """MaxVio of each layer, ``(max load - mean load) / mean load``, fp64 [M] (arXiv 2408.15664, section 4.1)."""
+    load_ME = counts_ME.double()
+    mean_M = load_ME.mean(dim=1)
+    return (load_ME.amax(dim=1) - mean_M) / mean_M.clamp(min=1e-12)
+
+
+class RoutingStats:
+    """Sums over the micro-batches of a step. Everything stays on the device until the step's one synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts_ME: torch.Tensor | None = None
+        """Load of every expert, int64; None until a model with experts has been seen."""
+        self.entropy = torch.zeros((), dtype=torch.float64, device=device)
+        """Sum over real tokens and layers of the entropy of the normalised affinities, in nats."""
+        self.logit_max = torch.zeros((), dtype=torch.float64, device=device)
+        """Largest absolute router logit of a real token."""
+        self.decisions = torch.zeros((), dtype=torch.float64, device=device)
+        """Real tokens times layers."""
+
+    @torch.no_grad()
+    def add(self, routings: Sequence[Routing]) -> None:
+        """Count one micro-batch."""
+        if not routings:
+            return
+        counts_ME = torch.stack([r.load_E for r in routings])
+        self.counts_ME = counts_ME if self.counts_ME is None else self.counts_ME + counts_ME
+        for routing in routings:
+            share_TE = routing.affinity_TE / routing.affinity_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+            entropy_T = torch.special.entr(share_TE).sum(dim=-1, dtype=torch.float64)
+            logit_T = routing.logits_TE.abs().amax(dim=-1).double()
+            if routing.real_T is not None:
+                entropy_T, logit_T = (x_T.masked_fill(~routing.real_T, 0.0) for x_T in (entropy_T, logit_T))
+            self.entropy += entropy_T.sum()
+            self.logit_max = torch.maximum(self.logit_max, logit_T.amax())
+            self.decisions += logit_T.numel() if routing.real_T is None else routing.real_T.sum()

@@ -1,0 +1,1 @@
+"""Stability techniques: one technique a file."""

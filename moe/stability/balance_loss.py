@@ -1,0 +1,63 @@
+"""Auxiliary losses that push the router towards an even load.
+
+Shape legend: T tokens = B sequences x S positions, E routed experts, K experts per token.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from moe.batch import Batch
+from moe.config.base import Config
+from moe.config.model import ModelConfig
+from moe.config.stability import NoBalanceLossConfig, SequenceBalanceLossConfig
+from moe.layers.router import Routing
+from moe.stability.technique import BatchCounts, Technique
+
+
+def sequence_balance_sum(routing: Routing, sequences: int, sigmoid: bool) -> torch.Tensor:
+    """Sum over sequences of ``sum_i f_i P_i`` (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+
+    ``f_i = E / (K T) * (tokens whose K highest raw affinities include i)``: the bias plays no part, nor do groups.
+    ``P_i`` is the mean over the sequence of the affinities normalised to sum 1. At perfect balance a sequence gives 1.
+    """
+    logits_TE, k = routing.logits_TE, routing.ids_TK.shape[1]
+    experts = logits_TE.shape[1]
+    # sigma(x_i) / sum_j sigma(x_j) as a softmax of log-sigmoids needs no epsilon, which a router could hide
+    # under by driving all its affinities towards 0.
+    share_TE = F.logsigmoid(logits_TE).softmax(dim=-1) if sigmoid else routing.affinity_TE
+    # The highest logits have the highest affinities, and are told apart where affinities saturate or underflow.
+    chosen_TE = torch.zeros_like(share_TE, requires_grad=False)
+    chosen_TE.scatter_(1, logits_TE.detach().topk(k, dim=-1).indices, 1.0)
+    share_BSE, chosen_BSE = (x.unflatten(0, (sequences, -1)) for x in (share_TE, chosen_TE))
+    if routing.real_T is None:
+        f_BE, p_BE = chosen_BSE.mean(dim=1), share_BSE.mean(dim=1)
+    else:
+        real_BS1 = routing.real_T.view(sequences, -1, 1)
+        weight_BS1 = real_BS1 / real_BS1.sum(dim=1, keepdim=True).clamp(min=1)
+        f_BE, p_BE = (chosen_BSE * weight_BS1).sum(dim=1), (share_BSE * weight_BS1).sum(dim=1)
+    total: torch.Tensor = (f_BE * p_BE).sum() * (experts / k)
+    return total
+
+
+class SequenceBalanceLoss(Technique):
+    """``alpha`` times the sequence-wise balance of every MoE layer, averaged over the sequences of the global batch."""
+
+    def __init__(self, config: SequenceBalanceLossConfig, model: ModelConfig) -> None:
+        self.coefficient = config.coefficient
+        self.sigmoid = model.moe.affinity == "sigmoid"
+
+    def loss_terms(self, batch: Batch, routings: Sequence[Routing], counts: BatchCounts) -> dict[str, torch.Tensor]:
+        """This micro-batch's share of the loss; empty for a dense model."""
+        if not routings:
+            return {}
+        sequences = batch.ids_BL.shape[0]
+        total = torch.stack([sequence_balance_sum(r, sequences, self.sigmoid) for r in routings]).sum()
+        return {"balance_loss": total * (self.coefficient / counts.sequences)}
+
+
+BALANCE_LOSS: dict[type[Config], type[Technique]] = {
+    NoBalanceLossConfig: Technique,
+    SequenceBalanceLossConfig: SequenceBalanceLoss,
+}

@@ -1,0 +1,24 @@
+"""Gradient clipping."""
+
+from moe.config.base import Config
+from moe.config.model import ModelConfig
+from moe.config.stability import GlobalClipConfig, NoClipConfig
+from moe.parameters import ParameterSet
+from moe.stability.technique import GradientNorms, Technique
+
+
+class GlobalClip(Technique):
+    """Scale every gradient by ``max_norm / norm`` where the global norm exceeds ``max_norm``."""
+
+    def __init__(self, config: GlobalClipConfig, model: ModelConfig) -> None:
+        self.max_norm = config.max_norm
+
+    def on_gradients(self, parameters: ParameterSet, norms: GradientNorms) -> dict[str, float]:
+        """Clip in place."""
+        factor = min(1.0, self.max_norm / (norms.total + 1e-6))
+        if factor < 1.0:
+            parameters.scale_gradients(factor)
+        return {"clip_factor": factor}
+
+
+CLIP: dict[type[Config], type[Technique]] = {NoClipConfig: Technique, GlobalClipConfig: GlobalClip}

@@ -1,0 +1,231 @@
+"""The Trainer: one optimizer step, in order.
+
+It knows no framework. Ranks advance in lockstep: every method that is marked collective must be called by all of them.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from moe.batch import Batch, BatchSource
+from moe.config.trainer import TrainerConfig
+from moe.fsdp import release_gathered, shard_dense_parameters, sync_gradients
+from moe.init import initialise
+from moe.loss import counted_targets, cross_entropy_sum
+from moe.model import Transformer
+from moe.optim import AdamW
+from moe.parallel import Ranks
+from moe.parameters import ParameterSet
+from moe.precision import compute_dtype
+from moe.registry import collect_state
+from moe.routing_stats import RoutingStats, max_violation
+from moe.schedule import lr_factor
+from moe.stability.families import build_techniques
+from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
+from moe.state import TrainingState
+
+Request = Literal["stop", "save"]
+_REQUESTS: tuple[Request, ...] = ("stop", "save")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened in one optimizer step: host numbers, the same on every rank."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    taken: bool
+    """False where loss or gradient was not finite: then nothing has changed but the step's number."""
+    metrics: dict[str, float]
+    requests: frozenset[Request] = frozenset()
+    """What any rank has asked for since the last step."""
+    layer_max_vio: tuple[float, ...] = ()
+    """MaxVio of the step's load, per MoE layer."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and load over held-out batches: host numbers, the same on every rank."""
+
+    loss_sum: float
+    """Nats over all predicted tokens."""
+    tokens: int
+    counts_ME: torch.Tensor | None
+    """Tokens sent to each expert, int64 [MoE layers, experts]; None for a dense model."""
+
+
+@dataclass
+class _StepSums:
+    """What the micro-batches of one step add up to on this rank; tensors on the device."""
+
+    routing: RoutingStats
+    loss: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one model from a config and a source of batches. Everything it depends on is seeded and built here.
+
+    Nothing random happens after the weights are drawn, so there is no generator state to save.
+    """
+
+    def __init__(self, config: TrainerConfig, ranks: Ranks, batches: BatchSource) -> None:
+        """Collective. ``config.model.vocab_size`` must be set; ``batches`` gives this rank's share of a step."""
+        self.config, self.ranks, self.batches = config, ranks, batches
+        self.steps_done = 0
+        if ranks.device.type == "cpu":
+            torch.set_num_threads(config.parallel.threads)
+        self.model = Transformer(config.model, ranks, compute_dtype(config.precision)).to(ranks.device)
+        initialise(self.model, config.model.init, config.seed, ranks)
+        sharded = config.parallel.dense == "shard"
+        if sharded:
+            shard_dense_parameters(self.model, ranks)
+        self.parameters = ParameterSet(self.model, ranks, dense_is_sharded=sharded)
+        self.optimizer = AdamW(self.parameters.all, config.optimizer)
+        self.techniques = build_techniques(config.stability, config.model)
+        self.routers = [layer.router for layer in self.model.moe_layers()]
+        self._requested: set[Request] = set()
+
+    def step(self) -> Report:
+        """One optimizer step. Collective."""
+        micro_batches = [batch_to(batch, self.ranks.device) for batch in self.batches(self.steps_done)]
+        counts = self._count(micro_batches)
+        self.parameters.clear_gradients()
+        self.ranks.wire.clear()
+        sums = self._forward_backward(micro_batches, counts)
+        self.parameters.reduce_gradients()
+        norms = self._measure_gradients()
+        metrics, load, requests = self._gather(sums, counts)
+        finite = math.isfinite(metrics["train/loss"]) and math.isfinite(norms.total)
+        metrics["train/lr"] = lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.steps_done)
+        metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
+        if finite:
+            metrics |= self._update(norms, lr, load)
+        self.steps_done += 1
+        layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
+        return Report(self.steps_done, finite, metrics, requests, layer_max_vio)
+
+    def _count(self, micro_batches: list[Batch]) -> BatchCounts:
+        """What the global batch holds. Collective whether this rank has padding or not: another rank may."""
+        depth = self.config.model.mtp.depth
+        length = self.config.data.sequence_length
+        local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (1, 1 + depth)]
+        tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
+        # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
+        return BatchCounts(max(1, tokens), max(1, ahead) * depth, self.config.data.global_batch_size)
+
+    def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts) -> _StepSums:
+        """Gradients of this rank's share of the loss, accumulated over its micro-batches."""
+        sums = _StepSums(RoutingStats(self.ranks.device))
+        for index, batch in enumerate(micro_batches):
+            sync_gradients(self.model, index == len(micro_batches) - 1)
+            output = self.model(batch)
+            length = output.logits.shape[1]
+            terms = {"loss": cross_entropy_sum(output.logits, counted_targets(batch, length, 1)) / counts.tokens}
+            if output.mtp_logits is not None:
+                mtp_sum = cross_entropy_sum(output.mtp_logits, counted_targets(batch, length, 2))
+                terms["mtp_loss"] = mtp_sum * (self.config.model.mtp.loss_weight / counts.mtp_tokens)
+            for technique in self.techniques.values():
+                terms |= technique.loss_terms(batch, output.routings, counts)
+            torch.stack(list(terms.values())).sum().backward()
+            sums.routing.add(output.routings)
+            for name, term in terms.items():
+                sums.loss[name] = sums.loss.get(name, 0.0) + term.detach().double()
+        return sums
+
+    def _measure_gradients(self) -> GradientNorms:
+        norms = self.parameters.norms()
+        return GradientNorms(norms.pop("total"), norms)
+
+    def _gather(
+        self, sums: _StepSums, counts: BatchCounts
+    ) -> tuple[dict[str, float], StepLoad | None, frozenset[Request]]:
+        """Sum what the ranks saw; the same result on every rank."""
+        routing, wire, device = sums.routing, self.ranks.wire, self.ranks.device
+        asked = [float(name in self._requested) for name in _REQUESTS]
+        self._requested.clear()
+        host = torch.tensor([wire.payload, wire.metadata, *asked], dtype=torch.float64, device=device)
+        local = torch.cat((torch.stack([*sums.loss.values(), routing.entropy, routing.decisions]), host))
+        summed = self.ranks.sum_over_world(local).tolist()
+        metrics = {f"train/{name}": summed.pop(0) for name in sums.loss}
+        entropy, decisions, payload, metadata, *asked = summed
+        requests = frozenset(name for name, count in zip(_REQUESTS, asked, strict=True) if count)
+        if routing.counts_ME is None:
+            return metrics, None, requests
+        load = StepLoad(self.ranks.sum_over_world(routing.counts_ME))
+        violation_M = max_violation(load.counts_ME)
+        metrics |= {
+            "moe/max_vio_batch": float(violation_M.mean()),
+            "moe/max_vio_batch_worst": float(violation_M.max()),
+            "moe/router_entropy": entropy / max(1.0, decisions),
+            "moe/router_logit_max": float(self.ranks.max_over_world(routing.logit_max)),
+            "train/ep_bytes_per_token": payload / counts.tokens,
+            "train/ep_metadata_bytes_per_token": metadata / counts.tokens,
+        }
+        return metrics, load, requests
+
+    @torch.no_grad()
+    def _update(self, norms: GradientNorms, lr: float, load: StepLoad | None) -> dict[str, float]:
+        """Clip, step, and whatever follows a step that was taken."""
+        metrics: dict[str, float] = {}
+        for technique in self.techniques.values():
+            figures = technique.on_gradients(self.parameters, norms)
+            metrics |= {f"train/{name}": value for name, value in figures.items()}
+        before = [p.local.clone() for p in self.parameters.all]
+        self.optimizer.step(lr)
+        torch._foreach_sub_(before, [p.local for p in self.parameters.all])
+        metrics["train/update_norm"] = self.parameters.norms(before)["total"]
+        if load is not None:
+            for technique in self.techniques.values():
+                technique.after_step(self.routers, load)
+            biases = torch.stack([router.expert_bias_E for router in self.routers])
+            metrics["moe/bias_abs_max"] = float(biases.abs().max())
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and load over this rank's held-out batches, summed over all ranks. Collective.
+
+        Every rank must bring the same number of batches. Training state is not touched.
+        """
+        device = self.ranks.device
+        routing = RoutingStats(device)
+        loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+        for batch in (batch_to(b, device) for b in batches):
+            output = self.model(batch)
+            targets = counted_targets(batch, output.logits.shape[1], 1)
+            loss_sum += cross_entropy_sum(output.logits, targets).double()
+            tokens += int((targets != -100).sum())
+            routing.add(output.routings)
+        total = self.ranks.sum_over_world(torch.stack((loss_sum, loss_sum.new_tensor(tokens)))).tolist()
+        release_gathered(self.model)
+        counts_ME = None if routing.counts_ME is None else self.ranks.sum_over_world(routing.counts_ME)
+        return Evaluation(total[0], int(total[1]), counts_ME)
+
+    def request(self, request: Request) -> None:
+        """Ask for a stop or a save; every rank sees it in the same step's report, whichever rank asked."""
+        self._requested.add(request)
+
+    def state(self) -> TrainingState:
+        """Everything that makes the next step what it is, by name. Tensors are live: save copies, load in place."""
+        scalars: dict[str, int] = {"steps_done": self.steps_done, "updates": self.optimizer.taken}
+        return collect_state(self.model, self.parameters, self.optimizer, self.techniques, self.ranks, scalars)
+
+    def restore(self, scalars: Mapping[str, int]) -> None:
+        """Take over the scalars of a saved state whose tensors have been filled in place."""
+        self.steps_done = scalars["steps_done"]
+        self.optimizer.restore(scalars["updates"])
+
+
+def _predicted(batch: Batch, length: int, shift: int) -> int:
+    """Positions of ``batch`` whose token ``shift`` ahead is predicted."""
+    if batch.real_BL is None:
+        return batch.ids_BL.shape[0] * length
+    return int((counted_targets(batch, length, shift) != -100).sum())
+
+
+def batch_to(batch: Batch, device: torch.device) -> Batch:
+    """The batch on ``device``."""
+    return Batch(batch.ids_BL.to(device), None if batch.real_BL is None else batch.real_BL.to(device))

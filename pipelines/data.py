@@ -1,0 +1,168 @@
+"""Which sample is read at which step, on which rank, and what is read for validation.
+
+Shape legend: B sequences, S tokens per sequence, L = S + 1 + MTP depth.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe.batch import Batch
+from moe.config.trainer import BatchConfig
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from pipelines.order import SampleOrder
+from pipelines.shards import DocumentSpan, TokenStream
+
+# Room kept behind the last sample whether it is read or not, so that switching multi-token prediction on changes
+# neither the number of samples nor their order.
+_MAX_LOOKAHEAD = 1
+
+
+class TokenDataset:
+    """Samples of one split: sample i is tokens [i S, i S + S + 1 + lookahead) of the stream.
+
+    Neighbours share their border token, so that each token but the stream's first is the target of one sample; what is
+    left at the end, less than a sample, is not read.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int, lookahead: int = 0) -> None:
+        """``lookahead`` is the MTP depth. UserError if the stream is too short for one sample."""
+        if not 0 <= lookahead <= _MAX_LOOKAHEAD:
+            raise ValueError(f"lookahead {lookahead} is not in 0 to {_MAX_LOOKAHEAD}")
+        self.stream = stream
+        self.sequence_length = sequence_length
+        self.length = sequence_length + 1 + lookahead
+        self._samples = max(0, len(stream) - 1 - _MAX_LOOKAHEAD) // sequence_length
+        if self._samples == 0:
+            raise UserError(
+                f"data.sequence_length ({sequence_length}) is too long: the {stream.split} part of data.corpus has "
+                f"{len(stream)} tokens; shorten it or give more text"
+            )
+
+    def __len__(self) -> int:
+        """Samples."""
+        return self._samples
+
+    def read(self, samples: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
+        """Token ids of ``samples``, int64 [B, L]."""
+        ids_BL = np.empty((len(samples), self.length), np.int64)
+        for row, sample in enumerate(samples):
+            start = self._start(int(sample))
+            ids_BL[row] = self.stream.read(start, start + self.length)
+        return torch.from_numpy(ids_BL)
+
+    def documents(self, sample: int) -> list[DocumentSpan]:
+        """The documents in a sample, in order: names, and which of their tokens (inputs and targets) it holds."""
+        start = self._start(sample)
+        return self.stream.documents(start, start + self.sequence_length + 1)
+
+    def target_bytes(self, sample: int) -> int:
+        """Bytes of text behind the tokens that a sample predicts; known for validation only."""
+        start = self._start(sample)
+        return self.stream.text_bytes(start + 1, start + self.sequence_length + 1)
+
+    def _start(self, sample: int) -> int:
+        if not 0 <= sample < self._samples:
+            raise IndexError(f"sample {sample} of {self._samples}")
+        return sample * self.sequence_length
+
+
+def position_of(step: int, data: BatchConfig) -> int:
+    """Where the samples of optimizer step ``step`` (from 0) begin in the order: a pure function of the schedule."""
+    return step * data.global_batch_size
+
+
+class TrainBatches:
+    """The micro-batches of one rank at any step, as a ``moe.batch.BatchSource``.
+
+    A global batch is decided first, from seed, data config, step and skipped samples; rank r of w reads the r-th of w
+    equal contiguous parts of it. So the batch is the same whatever the number of ranks, and there is no cursor to save.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, config: RunConfig, rank: int, world: int, skipped: Sequence[int] = ()
+    ) -> None:
+        """``skipped``: ids of samples not to be read, in the order in which they were found bad."""
+        self._dataset = dataset
+        self._data = config.data
+        self._order = SampleOrder(len(dataset), config.seed, dataset.stream.split, skipped)
+        self._share = slice(*_share(config.data.global_batch_size, rank, world))
+        self._micro = _micro_batch_size(config.data, world)
+
+    def sample_ids(self, step: int) -> NDArray[np.int64]:
+        """Samples of the global batch, int64 [global_batch_size], those of rank 0 first."""
+        first, end = position_of(step, self._data), position_of(step + 1, self._data)
+        return self._order(np.arange(first, end))
+
+    def documents(self, step: int) -> dict[int, list[DocumentSpan]]:
+        """The documents behind every sample of the global batch, by sample id."""
+        return {sample: self._dataset.documents(sample) for sample in self.sample_ids(step).tolist()}
+
+    def __call__(self, step: int) -> list[Batch]:
+        """This rank's micro-batches, ids [micro_batch_size, L]."""
+        ids_BL = self._dataset.read(self.sample_ids(step)[self._share])
+        return [Batch(ids) for ids in ids_BL.split(self._micro)]
+
+
+class ValidationBatches:
+    """Held-out windows, spread evenly over the whole stream and divided among the ranks.
+
+    Spread, because a stream's start is a handful of documents, whatever it is a stream of. Iterating gives this rank's
+    batches. Every rank gets the same number of batches of the same shape, because expert parallel ranks advance
+    together; rows beyond the last window are padding. The windows are the same for every number of ranks.
+    """
+
+    def __init__(self, dataset: TokenDataset, config: RunConfig, rank: int, world: int) -> None:
+        self._dataset = dataset
+        self._rows = _micro_batch_size(config.data, world)
+        self._rank, self._world = rank, world
+        most = config.validation.max_tokens // dataset.sequence_length
+        self.windows = spread(len(dataset), most)
+        """Samples that are read, in order, all ranks' together."""
+        self.num_targets = len(self.windows) * dataset.sequence_length
+        """Tokens predicted over all ranks, document tokens included."""
+        self.text_bytes = sum(dataset.target_bytes(window) for window in self.windows)
+        """Bytes of text behind those: ``val/nats_per_byte`` is the summed loss over all ranks divided by this."""
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        return -(-len(self.windows) // (self._rows * self._world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            first = (number * self._world + self._rank) * self._rows
+            ids_BL = self._dataset.read(self.windows[first : first + self._rows])
+            if len(ids_BL) == self._rows:
+                yield Batch(ids_BL)
+                continue
+            padded_BL = torch.full((self._rows, self._dataset.length), self._dataset.stream.document_id)
+            padded_BL[: len(ids_BL)] = ids_BL
+            real_BL = torch.zeros(padded_BL.shape, dtype=torch.bool)
+            real_BL[: len(ids_BL)] = True
+            yield Batch(padded_BL, real_BL)
+
+
+def spread(available: int, most: int) -> list[int]:
+    """At most ``most`` different numbers below ``available``, evenly spaced."""
+    taken = min(available, most)
+    return [number * available // taken for number in range(taken)]
+
+
+def _share(batch_size: int, rank: int, world: int) -> tuple[int, int]:
+    if batch_size % world:
+        raise ValueError(f"a batch of {batch_size} sequences does not divide into {world} equal parts")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world}")
+    share = batch_size // world
+    return rank * share, (rank + 1) * share
+
+
+def _micro_batch_size(data: BatchConfig, world: int) -> int:
+    share = data.global_batch_size // world
+    micro = data.micro_batch_size or share
+    if share % micro:
+        raise ValueError(f"micro-batches of {micro} sequences do not divide a rank's {share}")
+    return micro

@@ -1,0 +1,172 @@
+"""From a run's folder to MLflow: a thread of the driver that brings over what training has written down.
+
+What is delivered is remembered in the folder, after the fact: a crash in between delivers a batch again, and MLflow
+drops points that are the same in name, step, time and value. So every point arrives, and arrives once.
+"""
+
+import itertools
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from pipelines.run_folder import RunFolder, read_json, write_json
+from pipelines.spool import Record, SpoolReader
+from pipelines.tracking_store import first_line, open_store, shown
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BATCH_METRICS = 1000
+"""MLflow's limit for one request."""
+
+# The UI refreshes every 30 s at the soonest; a batch costs some 20 ms of a core that workers may want.
+INTERVAL_S = 2.0
+# Pauses while a server is down grow to 16 times the interval.
+_MOST_DOUBLINGS = 4
+# While the user waits for the end, a server that comes back is noticed soon.
+_LAST_PAUSE_S = 0.5
+
+
+class Delivery:
+    """What of one run MLflow has yet to get."""
+
+    def __init__(self, client: "MlflowClient", folder: RunFolder) -> None:
+        self._client = client
+        self._folder = folder
+        self._run_id = folder.info.id
+        state = read_json(folder.delivered)
+        self._ended = bool(state.get("ended", False))
+        self._delivered_offset = int(state.get("offset", 0))
+        self._reader = SpoolReader(folder.spool, self._delivered_offset)
+        self._pending: deque[Record] = deque()
+
+    def send(self) -> None:
+        """Deliver all that there is by now: metrics, then the ending if the run has ended.
+
+        Raises:
+            MlflowException, SQLAlchemyError, OSError: something did not arrive; the next call goes on from there.
+        """
+        self._pending.extend(self._reader.read())
+        while self._pending:
+            self._send_batch()
+        if self.ending_left:
+            self._send_ending()
+
+    def left(self) -> int:
+        """Points of metrics that have not been delivered."""
+        return sum(len(record.metrics) for record in SpoolReader(self._folder.spool, self._delivered_offset).read())
+
+    @property
+    def ending_left(self) -> bool:
+        """Whether the run has ended and MLflow does not know it yet."""
+        return not self._ended and self._folder.ending.exists()
+
+    def _send_batch(self) -> None:
+        from mlflow.entities import Metric
+
+        sizes = itertools.accumulate(len(record.metrics) for record in self._pending)
+        # At least one record: one that alone is above the limit goes in several requests.
+        count = max(1, sum(1 for _ in itertools.takewhile(lambda size: size <= BATCH_METRICS, sizes)))
+        batch = list(itertools.islice(self._pending, count))
+        metrics = [
+            Metric(name, value, record.time_ms, record.step)
+            for record in batch
+            for name, value in record.metrics.items()
+        ]
+        for start in range(0, len(metrics), BATCH_METRICS):
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + BATCH_METRICS], synchronous=True)
+        for _ in batch:
+            self._pending.popleft()
+        self._delivered_offset = batch[-1].end
+        self._remember()
+
+    def _send_ending(self) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        ending = read_json(self._folder.ending)
+        self._client.log_batch(
+            self._run_id,
+            metrics=[Metric(name, value, ending["time_ms"], 0) for name, value in ending["metrics"].items()],
+            tags=[RunTag(name, value) for name, value in ending["tags"].items()],
+            synchronous=True,
+        )
+        # Before the pictures, which a user could do without: a status that is not true is worse.
+        self._client.set_terminated(self._run_id, ending["status"], ending["time_ms"])
+        if self._folder.figures.is_dir():
+            self._client.log_artifacts(self._run_id, str(self._folder.figures), self._folder.figures.name)
+        self._ended = True
+        self._remember()
+
+    def _remember(self) -> None:
+        write_json(self._folder.delivered, {"offset": self._delivered_offset, "ended": self._ended})
+
+
+class Drainer:
+    """The thread that delivers while a run lasts. Whatever becomes of the server, training does not notice."""
+
+    def __init__(self, client: "MlflowClient", folder: RunFolder, interval_s: float = INTERVAL_S) -> None:
+        self._delivery = Delivery(client, folder)
+        self._folder = folder
+        self._interval_s = interval_s
+        self._finishing = threading.Event()
+        self._done = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="mlflow-delivery", daemon=True)
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def finish(self, timeout_s: float) -> str | None:
+        """Deliver the rest, the ending included, for at most ``timeout_s``; what to tell the user if any is left.
+
+        Nothing must be written to the spool any more.
+        """
+        self._finishing.set()
+        self._thread.join(timeout_s)
+        if self._done:
+            return None
+        info = self._folder.info
+        points = self._delivery.left()
+        left = [f"{points:,} points"] if points else []
+        left += ["the ending"] if self._delivery.ending_left else []
+        why = f" ({first_line(self._error)})" if self._error else ""
+        where = f"MLflow at {shown(info.tracking_uri)}"
+        return (
+            f"{' and '.join(left)} of run {info.name} could not be delivered to {where}{why}; "
+            f"they are kept in {self._folder.path}, and `steadymoe deliver {info.name}` sends them"
+        )
+
+    def _run(self) -> None:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        failures = 0
+        while True:
+            # Asked before sending: what was written before `finish` was called is then sent for certain.
+            finishing = self._finishing.is_set()
+            try:
+                self._delivery.send()
+                failures, self._error = 0, None
+                if finishing:
+                    self._done = True
+                    return
+            except (MlflowException, SQLAlchemyError, OSError) as error:
+                self._error = error
+                failures = min(failures + 1, _MOST_DOUBLINGS)
+            if finishing:
+                time.sleep(_LAST_PAUSE_S)
+            else:
+                self._finishing.wait(self._interval_s * 2**failures)
+
+
+def deliver(folder: RunFolder, timeout_s: float = 600.0) -> str | None:
+    """Send what MLflow did not get when the run ended; what to tell the user if some of it is still left.
+
+    Raises:
+        UserError: the store of the run cannot be opened.
+    """
+    drainer = Drainer(open_store(folder.info.tracking_uri).client, folder)
+    drainer.start()
+    return drainer.finish(timeout_s)

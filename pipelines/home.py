@@ -1,0 +1,28 @@
+"""Where all state lives: tracking database, artifacts, token shards, runs."""
+
+import os
+from pathlib import Path
+
+HOME_VARIABLE = "STEADYMOE_HOME"
+
+
+def home() -> Path:
+    """The folder that holds all state: ``$STEADYMOE_HOME``, else the project's root.
+
+    Never the working directory: a submitted Ray job runs in a copy of the project that is deleted with the job.
+    An installation without a project root (a wheel) uses ``~/.steadymoe``.
+    """
+    if chosen := os.environ.get(HOME_VARIABLE):
+        return Path(chosen).expanduser().absolute()
+    root = Path(__file__).parents[1]
+    return root if (root / "pyproject.toml").exists() else Path.home() / ".steadymoe"
+
+
+def corpora_dir() -> Path:
+    """Prepared token shards, a folder per corpus and tokenizer."""
+    return home() / "corpora"
+
+
+def runs_dir() -> Path:
+    """One folder per run, named by its MLflow run id."""
+    return home() / "runs"

@@ -1,0 +1,157 @@
+"""From presets, YAML files and ``--set`` to a validated RunConfig.
+
+Layers stack and the later wins, mapping by mapping: ``small recipes/x my.yaml --set optimizer.lr=1e-3``. A layer that
+changes the ``kind`` of a technique takes nothing over from the kind that it replaces.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from pipelines.problems import explain, nearest
+from pipelines.schema import KIND, by_kind, default_kind, section_classes
+from pipelines.yaml_text import Document, dump, parse_document, parse_value
+from pipelines.yaml_text import Path as KeyPath
+
+PRESETS = Path(__file__).parent / "presets"
+FILE_SUFFIX = ".yaml"
+
+Tree = dict[str, Any]
+
+
+def load_config(layers: Sequence[str], settings: Sequence[str] = ()) -> RunConfig:
+    """Build the config of a run.
+
+    Args:
+        layers: names of presets, or paths of files that end in ``.yaml``; a later one wins over an earlier one.
+        settings: ``key=value`` each, as ``--set`` takes them; together they are the last layer.
+
+    Raises:
+        UserError: an unknown preset, an unreadable file, or a config that does not hold; one line a problem.
+    """
+    tree: Tree = {}
+    origins: dict[KeyPath, str] = {}
+    for layer in layers:
+        name, document = _read(layer)
+        _stack(tree, document.tree)
+        origins |= {path: f"{name}, line {line}" for path, line in document.lines.items()}
+    chosen: Tree = {}
+    for setting in settings:
+        path, value = parse_setting(setting)
+        _overlay(chosen, _nested(path, value))
+        above = (path[:depth] for depth in range(1, len(path)))
+        origins |= dict.fromkeys((*above, *_paths(value, path)), "--set")
+    _stack(tree, chosen)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig, origins)) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """YAML text of a whole config, keys in the order of the classes, that loads back to an equal config."""
+    return dump(config.model_dump(mode="json"))
+
+
+def preset_names() -> list[str]:
+    """All presets, as the command line takes them; those in a folder after the others."""
+    names = [found.relative_to(PRESETS).with_suffix("").as_posix() for found in PRESETS.rglob(f"*{FILE_SUFFIX}")]
+    return sorted(names, key=lambda name: ("/" in name, name))
+
+
+def parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:
+    """Read ``a.b.c=value`` into its path and its value, which is YAML.
+
+    Raises:
+        UserError: no ``=``, an empty part of the key, or a value that is not YAML.
+    """
+    key, equals, text = setting.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise UserError(f"--set {setting}: should be key=value, for example --set optimizer.lr=3e-4")
+    try:
+        return path, parse_value(text, f"--set {key.strip()}")
+    except UserError as error:
+        raise UserError(
+            f"{error}; quote text with special characters, for example --set '{key.strip()}=\"...\"'"
+        ) from None
+
+
+def _read(layer: str) -> tuple[str, Document]:
+    """A layer's name for messages, and what it holds."""
+    if layer.endswith(FILE_SUFFIX):
+        return layer, parse_document(_text(Path(layer)), layer)
+    presets = preset_names()
+    if layer not in presets:
+        hint = f" (a file's name should end in {FILE_SUFFIX})" if Path(layer).is_file() else ""
+        near = nearest(layer, presets)
+        meant = f"; did you mean {near}?" if near else "."
+        raise UserError(f"unknown preset {layer!r}{hint}{meant} Presets: {', '.join(presets)}")
+    name = f"preset {layer}"
+    return name, parse_document(_text(PRESETS / f"{layer}{FILE_SUFFIX}"), name)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+
+
+def _stack(tree: Tree, layer: Tree) -> None:
+    """Lay ``layer`` over ``tree``, in place."""
+    _overlay(tree, layer, of_kind=True)
+    _fill_kinds(tree, RunConfig)
+
+
+def _overlay(below: Tree, above: Tree, of_kind: bool = False) -> None:
+    """Merge mappings, in place; any other value replaces. With ``of_kind`` a new kind replaces its mapping whole."""
+    for key, value in above.items():
+        old = below.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and not (of_kind and _is_another_kind(value, old)):
+            _overlay(old, value, of_kind)
+        else:
+            below[key] = value
+
+
+def _is_another_kind(above: Tree, below: Tree) -> bool:
+    return KIND in above and KIND in below and above[KIND] != below[KIND]
+
+
+def _fill_kinds(tree: Tree, section: type[BaseModel]) -> None:
+    """Write the default's kind where a layer set keys of a technique without naming it, in place.
+
+    Only there: a key that no layer mentions stays out of the tree, so that the classes can tell what was set.
+    """
+    for name, field in section.model_fields.items():
+        value = tree.get(name)
+        classes = section_classes(field)
+        if not isinstance(value, dict) or not classes:
+            continue
+        if kinds := by_kind(classes):
+            kind = value.setdefault(KIND, default_kind(field))
+            chosen = kinds.get(kind) if isinstance(kind, str) else None
+        else:
+            chosen = classes[0]
+        if chosen:
+            _fill_kinds(value, chosen)
+
+
+def _nested(path: tuple[str, ...], value: Any) -> Tree:
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)
+
+
+def _paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """The path of a value, and of everything inside it."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from _paths(inner, (*path, key))

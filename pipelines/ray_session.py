@@ -1,0 +1,82 @@
+"""The Ray cluster that a run uses: the one it is told of, or one of its own for as long as it runs."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+
+# Must be set before ray is imported. Nothing here overrides what the user has set.
+_QUIET_AND_QUICK = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # How often Ray Train looks at its workers, and so how late it sees that they are done; 2 s otherwise.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Each of these is a process or a thread of Ray Train that a run here has no use for, about 1 s of a core at the start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+# Despite its name it counts on Linux too: with 0, a Ray cluster on one machine binds the loopback interface alone.
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+# Keeps the heap: glibc returns every block over 32 MiB to the system, and each step would fault its pages in anew.
+_KEPT_HEAP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """Environment variables of the training workers."""
+    return {**_KEPT_HEAP, "OMP_NUM_THREADS": str(config.parallel.threads)}
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """Connect to the cluster of ``RAY_ADDRESS`` (a submitted job has it), or start one on this machine for the run.
+
+    Raises:
+        UserError: the cluster cannot hold the workers.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    for name, value in {**_QUIET_AND_QUICK, **({} if address else _LOOPBACK)}.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    # Workers' output stays in Ray's own logs: what a run has to say comes through its spool, and what went wrong
+    # through the exception.
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        _check_room(config, ray.cluster_resources())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_room(config: RunConfig, resources: dict[str, float]) -> None:
+    parallel = config.parallel
+    cpus, needed = resources.get("CPU", 0.0), parallel.workers * parallel.threads
+    if needed > cpus:
+        raise UserError(
+            f"parallel.workers ({parallel.workers}) x parallel.threads ({parallel.threads}) needs {needed} CPUs, "
+            f"but the Ray cluster has {cpus:.0f}"
+        )
+    if uses_gpu(config) and parallel.workers > resources.get("GPU", 0.0):
+        raise UserError(
+            f"parallel.workers ({parallel.workers}) needs a GPU each, but the Ray cluster has "
+            f"{resources.get('GPU', 0.0):.0f}; set parallel.device=cpu or fewer workers"
+        )
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether each worker gets a GPU: asked for, or there are any and the CPU was not asked for. Needs a session."""
+    import ray
+
+    device = config.parallel.device
+    return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0.0) > 0)

@@ -1,0 +1,153 @@
+"""A run's folder under STEADYMOE_HOME, and how a user names a run."""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.home import runs_dir
+
+LATEST = "latest"
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run is called and where it is tracked; ``run.json`` in its folder."""
+
+    id: str
+    """MLflow's id of the run."""
+    name: str
+    experiment: str
+    experiment_id: str
+    created: str
+    """ISO 8601, with time zone."""
+    tracking_uri: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of one run are."""
+
+    path: Path
+
+    @property
+    def spool(self) -> Path:
+        """Metrics as training records them: `pipelines.spool`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The whole config as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Machine, versions and code that the run was made with, as JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the saved states of training: `pipelines.checkpoints`."""
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the run's pictures."""
+        return self.path / "figures"
+
+    @property
+    def ending(self) -> Path:
+        """How the run ended, as JSON; there is none while it runs."""
+        return self.path / "end.json"
+
+    @property
+    def delivered(self) -> Path:
+        """How much of the spool and of the ending MLflow has, as JSON."""
+        return self.path / "delivered.json"
+
+    @property
+    def info(self) -> RunInfo:
+        """What the run is called and where it is tracked."""
+        return RunInfo(**read_json(self._info_file))
+
+    @property
+    def _info_file(self) -> Path:
+        return self.path / "run.json"
+
+    def write_info(self, info: RunInfo) -> None:
+        """Write ``run.json``; from then on the folder is a run."""
+        write_json(self._info_file, asdict(info))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file holds; empty if there is no such file."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is either old or new at any moment, never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def run_folders() -> Iterator[RunFolder]:
+    """All runs, in no particular order."""
+    for info in runs_dir().glob("*/run.json"):
+        yield RunFolder(info.parent)
+
+
+def find_run(run: str) -> RunFolder:
+    """The folder of the run that a user means by an id, the beginning of an id, a name, or ``latest``.
+
+    Raises:
+        UserError: there is no such run, or there are several.
+    """
+    runs = {folder.path.name: (folder, folder.info) for folder in run_folders()}
+    if not runs:
+        raise UserError(f"run {run}: there are no runs in {runs_dir()} yet")
+    if run in runs:
+        return runs[run][0]
+    if run == LATEST:
+        return max(runs.values(), key=lambda found: (found[1].created, found[1].name))[0]
+    named = [found for found in runs.values() if found[1].name == run]
+    matches = named or [found for id_, found in runs.items() if run and id_.startswith(run)]
+    if len(matches) == 1:
+        return matches[0][0]
+    if matches:
+        ids = ", ".join(sorted(f"{info.id} ({info.name})" for _, info in matches))
+        raise UserError(f"run {run}: several runs are meant; name one by its id: {ids}")
+    names = sorted({info.name for _, info in runs.values()})
+    near = difflib.get_close_matches(run, [LATEST, *names, *runs], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the newest runs are {', '.join(_newest(runs))}"
+    raise UserError(f"run {run}: no run has this id or name; {hint}")
+
+
+def _newest(runs: dict[str, tuple[RunFolder, RunInfo]]) -> list[str]:
+    infos = sorted((info for _, info in runs.values()), key=lambda info: info.created, reverse=True)
+    return [info.name for info in infos[:_LISTED]]
+
+
+def free_name(wanted: str | None, preset: str) -> str:
+    """A name that no other run has: the wanted one, counted on if it is taken, or the preset's name and a number.
+
+    The telling part stands first, because the charts of MLflow's UI cut names at about 14 characters.
+    """
+    taken = {folder.info.name for folder in run_folders()}
+    if wanted and wanted not in taken:
+        return wanted
+    base = wanted or preset
+    number = 2 if wanted else 1
+    while f"{base}-{number}" in taken:
+        number += 1
+    return f"{base}-{number}"

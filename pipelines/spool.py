@@ -1,0 +1,140 @@
+"""The run's own record of its metrics: a file of JSON lines that training appends to and the driver reads.
+
+A line is ``{"kind": str, "step": int, "time_ms": int, "metrics": {name: float}}``, with ``"non_finite": [name, ...]``
+where values were NaN or infinite. Steps are optimizer steps, counted from 1; times are milliseconds since 1970. The
+file is what MLflow is fed from, so training never waits for a tracking server, and nothing is lost when one is down.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+START = "start"
+"""Kind of the one record of what is known before the first step, at step 0."""
+TRAIN = "train"
+"""Kind of the records of optimizer steps."""
+VALIDATION = "validation"
+"""Kind of the records of validations."""
+
+_ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured at one step."""
+
+    kind: str
+    step: int
+    time_ms: int
+    metrics: Mapping[str, float]
+    non_finite: tuple[str, ...] = ()
+    """Names of metrics that were NaN or infinite; they are not in ``metrics``."""
+    end: int = field(default=0, compare=False)
+    """Offset in bytes of the line's end in the file that it was read from."""
+
+    @classmethod
+    def measured(cls, kind: str, step: int, metrics: Mapping[str, float]) -> Self:
+        """A record of this moment, its non-finite values set apart."""
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        lost = tuple(name for name in metrics if name not in finite)
+        return cls(kind, step, time.time_ns() // 1_000_000, finite, lost)
+
+    def to_line(self) -> bytes:
+        """One line of JSON, its end included."""
+        content: dict[str, Any] = {
+            "kind": self.kind,
+            "step": self.step,
+            "time_ms": self.time_ms,
+            "metrics": dict(self.metrics),
+        }
+        if self.non_finite:
+            content["non_finite"] = list(self.non_finite)
+        return _ENCODE(content).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes, end: int = 0) -> Self:
+        """Inverse of `to_line`."""
+        content = json.loads(line)
+        lost = tuple(content.get("non_finite", ()))
+        return cls(content["kind"], content["step"], content["time_ms"], content["metrics"], lost, end)
+
+
+class SpoolReader:
+    """Reads what has been added to a spool since the last call."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        """Start at a byte offset, which must be 0 or the end of a line. The file may not exist yet."""
+        self.path = path
+        self.offset = offset
+
+    def read(self) -> list[Record]:
+        """Records that are complete by now; a last line without its end is left for the next call."""
+        records: list[Record] = []
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return records
+        with file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.offset += len(line)
+                records.append(Record.from_line(line, self.offset))
+        return records
+
+
+class SpoolWriter:
+    """Appends records; one process at a time may do so.
+
+    Opening cuts off a last line that a killed writer left torn. A record whose step is not above the last one of its
+    kind is skipped: a resumed run repeats steps bit for bit, and MLflow, which cannot delete points, must not get them
+    twice with two times.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reader = SpoolReader(path)
+        self._last_steps = {record.kind: record.step for record in reader.read()}
+        self._end = reader.offset
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.ftruncate(self._file, self._end)
+        self._failing = False
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one record with one write call. A full disk costs the record and a warning, never the training."""
+        if step <= self._last_steps.get(kind, -1):
+            return
+        line = Record.measured(kind, step, metrics).to_line()
+        try:
+            written = os.pwrite(self._file, line, self._end)
+            if written < len(line):
+                raise OSError(f"only {written} of {len(line)} bytes were taken")
+        except OSError as error:
+            if not self._failing:
+                logger.warning("metrics of step %d and on are not recorded for now: %s", step, error)
+            self._failing = True
+            return
+        # Written at a fixed offset, so that the next record overwrites what a failed write left behind.
+        self._end += written
+        self._last_steps[kind] = step
+        self._failing = False
+
+    def close(self) -> None:
+        """Cut off what a failed write may have left, and close the file."""
+        os.ftruncate(self._file, self._end)
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

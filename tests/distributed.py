@@ -1,0 +1,128 @@
+"""Runs a function on several ranks of a gloo process group on this machine.
+
+Every call has fresh processes, so nothing leaks from one test into the next. They are forked from a server that has
+imported torch already: a call with two ranks costs about 0.1 s and the imports of its test module, where starting two
+interpreters that import torch costs 4 s on two cores. (Forking pytest's own process would copy locks that its threads
+hold.)
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# torch._dynamo because the first DTensor imports it, in 1.5 s.
+_PRELOAD = ["pytest", "pydantic.main", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(_PRELOAD)
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+    """Calls ``fn(rank, world_size, *args)`` on every rank and returns the results in rank order.
+
+    Arguments:
+        fn: a function at the top level of an importable module.
+        args: picklable. Tensors are copied.
+        timeout_s: the whole call, in seconds; a single collective gets half of it, so that a hang names its line.
+
+    In ``fn`` the default process group is up (gloo over the loopback device) and torch uses one thread. Environment
+    variables are those of the caller at the time of the call. A plain tensor is a good result, a DTensor is not.
+
+    Raises the first exception of any rank, with that rank's traceback as a note; TimeoutError; RuntimeError if a rank
+    dies. The processes are gone in each case.
+    """
+    task = pickle.dumps((fn, args))
+    with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
+        processes, connections = [], []
+        try:
+            for rank in range(world_size):
+                ours, theirs = _CONTEXT.Pipe()
+                process = _CONTEXT.Process(
+                    target=_rank_main,
+                    args=(rank, world_size, Path(folder) / "store", timeout_s / 2, dict(os.environ), task, theirs),
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                processes.append(process)
+                connections.append(ours)
+            return _collect(connections, time.monotonic() + timeout_s, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+            for connection in connections:
+                connection.close()
+
+
+def _collect(connections: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(connections):
+        waiting = {connections[rank]: rank for rank in range(len(connections)) if rank not in results}
+        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"no result from rank(s) {sorted(waiting.values())} after {timeout_s} s")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = waiting[connection]
+            try:
+                result, error, trace = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if error is not None:
+                error.add_note(f"\non rank {rank}:\n{trace}")
+                raise error
+            results[rank] = result
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    store: Path,
+    collective_timeout_s: float,
+    environment: dict[str, str],
+    task: bytes,
+    connection: Connection,
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=collective_timeout_s),
+        )
+        fn, args = pickle.loads(task)
+        message = pickle.dumps((fn(rank, world_size, *args), None, ""))
+    except BaseException as error:  # noqa: BLE001  (the parent raises it; pytest's failures are no Exceptions)
+        message = pickle.dumps((None, _picklable(error), traceback.format_exc()))
+    connection.send_bytes(message)
+    # Stay until killed: an early exit would break the collectives of slower ranks, whose error would hide this one's.
+    # The pipe ends if the parent dies.
+    connection.poll(None)
+    os._exit(0)
+
+
+def _picklable(error: BaseException) -> BaseException:
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  (any class may fail to be copied, in its own way)
+        copy = None
+    return copy if isinstance(copy, BaseException) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,106 @@
+"""The command `steadymoe`: exit codes, one line for a mistake, and help without waiting for torch."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from itertools import pairwise
+
+import pytest
+
+from infra.cli import main
+from pipelines.loading import load_config, parse_setting, preset_names
+from pipelines.yaml_text import parse_document
+
+HEAVY = ("torch", "ray", "mlflow")
+
+
+def loaded_by(argv: list[str]) -> tuple[int, set[str]]:
+    """Exit code, and which of the heavy libraries a fresh interpreter has imported after the command."""
+    code = (
+        "import sys\n"
+        "from infra.cli import main\n"
+        "try:\n"
+        f"    code = main({argv!r})\n"
+        "except SystemExit as stop:\n"
+        "    code = stop.code\n"
+        f"print('loaded', code, *[name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    code, *modules = run.stdout.splitlines()[-1].removeprefix("loaded ").split()
+    return int(code), set(modules)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["train", "micro", "--print-config"], 0),
+        (["train", "micro", "--set", "optimizer.lr=fast"], 2),
+        (["train", "--sett"], 2),
+    ],
+)
+def test_help_and_mistakes_are_answered_without_the_heavy_libraries(argv: list[str], code: int) -> None:
+    assert loaded_by(argv) == (code, set())
+
+
+def test_the_check_for_heavy_libraries_can_fail() -> None:
+    code = f"import torch, sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.split() == ["torch"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([], "error: no command given (see steadymoe --help)"),
+        (["trian"], "error: argument {train}: invalid choice: 'trian'"),
+        (["--nonsense"], "error: unrecognized arguments: --nonsense"),
+        (["train", "--nonsense"], "error: unrecognized arguments: --nonsense"),
+        (["train", "mikro"], "error: unknown preset 'mikro'"),
+        (["train", "missing.yaml"], "error: missing.yaml: cannot be read"),
+        (["train", "micro", "--set", "lr=1"], "error: lr: unknown key; did you mean optimizer.lr? (set by --set)"),
+        (["train", "micro", "--resume", "latest"], "error: --resume takes the config of the run"),
+        (["train", "--resume", "latest", "--set", "optimizer.lr=1"], "error: optimizer.lr: cannot change"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+    argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(line)
+    assert captured.err.count("\n") == 1
+
+
+def test_several_mistakes_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "micro", "--set", "seed=-1", "--set", "lr=1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("error: ") for line in lines)
+
+
+def test_print_config_shows_the_whole_tree_and_stops(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "micro", "--set", "optimizer.lr=1e-4", "--print-config"]) == 0
+    printed = parse_document(capsys.readouterr().out, "printed").tree
+    assert printed == load_config(["micro"], ["optimizer.lr=1e-4"]).model_dump(mode="json")
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"steadymoe {version('steadymoe')}\n"
+
+
+def test_help_has_an_example_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    examples = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  steadymoe train ")]
+    assert examples
+    for words in examples:
+        presets = [word for word in words[2:] if word in preset_names()]
+        settings = [word for previous, word in pairwise(words) if previous == "--set"]
+        load_config(presets, settings)
+        assert all(parse_setting(setting) for setting in settings)

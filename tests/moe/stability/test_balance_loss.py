@@ -1,0 +1,134 @@
+"""The sequence-wise balance loss against DeepSeek-V3's equations 17 to 20 in plain Python."""
+
+import math
+
+import pytest
+import torch
+
+from moe.batch import Batch
+from moe.config.model import ModelConfig, MoeConfig
+from moe.config.stability import SequenceBalanceLossConfig
+from moe.layers.router import Router, Routing
+from moe.stability.balance_loss import SequenceBalanceLoss
+from moe.stability.technique import BatchCounts
+
+ALPHA = 0.25
+EXPERTS, TOP_K, WIDTH = 6, 2, 5
+SEQUENCES, LENGTH = 3, 7
+PADDED = torch.arange(LENGTH) < torch.tensor([[LENGTH], [4], [0]])
+
+
+def model(affinity: str = "sigmoid") -> ModelConfig:
+    moe = MoeConfig(num_experts=EXPERTS, top_k=TOP_K, affinity=affinity)  # type: ignore[arg-type]
+    return ModelConfig(moe=moe, vocab_size=10)
+
+
+def setting(affinity: str, layers: int = 2) -> tuple[list[Router], torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    routers = [Router(WIDTH, model(affinity).moe) for _ in range(layers)]
+    for router in routers:
+        torch.nn.init.normal_(router.weight, generator=generator)
+        router.expert_bias_E.normal_(generator=generator)  # the loss must not see it
+    return routers, torch.randn(SEQUENCES * LENGTH, WIDTH, generator=generator)
+
+
+def term(routings: list[Routing], sequences: int = SEQUENCES, affinity: str = "sigmoid") -> torch.Tensor:
+    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(coefficient=ALPHA), model(affinity))
+    batch = Batch(torch.zeros(sequences, 2, dtype=torch.int64))
+    return technique.loss_terms(batch, routings, BatchCounts(1, 1, sequences))["balance_loss"]
+
+
+def plain_loss(weights: list[list[list[float]]], x: list[list[float]], real: list[list[bool]], affinity: str) -> float:
+    """Equations 17-20 of arXiv 2412.19437, averaged over sequences, summed over layers."""
+    total = 0.0
+    for weight in weights:
+        for sequence in range(SEQUENCES):
+            rows = [x[sequence * LENGTH + t] for t in range(LENGTH) if real[sequence][t]]
+            f, p = [0.0] * EXPERTS, [0.0] * EXPERTS
+            for row in rows:
+                logits = [sum(w * v for w, v in zip(expert, row, strict=True)) for expert in weight]
+                if affinity == "sigmoid":
+                    s = [1 / (1 + math.exp(-z)) for z in logits]
+                else:
+                    s = [math.exp(z) / sum(math.exp(other) for other in logits) for z in logits]
+                top = sorted(range(EXPERTS), key=lambda e: -s[e])[:TOP_K]
+                for expert in range(EXPERTS):
+                    f[expert] += EXPERTS / (TOP_K * len(rows)) * (expert in top)
+                    p[expert] += s[expert] / sum(s) / len(rows)
+            total += sum(a * b for a, b in zip(f, p, strict=True))
+    return ALPHA * total / SEQUENCES
+
+
+@pytest.mark.parametrize("affinity", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("real_BS", [None, PADDED], ids=["full", "padded"])
+def test_loss_and_gradient_are_those_of_the_equations(affinity: str, real_BS: torch.Tensor | None) -> None:
+    routers, x_TD = setting(affinity)
+    real = torch.ones_like(PADDED) if real_BS is None else real_BS
+    weights, x = [r.weight.double().tolist() for r in routers], x_TD.double().tolist()
+
+    def plain() -> float:
+        return plain_loss(weights, x, real.tolist(), affinity)
+
+    real_T = None if real_BS is None else real_BS.flatten()
+    got = term([router(x_TD, real_T) for router in routers], affinity=affinity)
+    assert got.item() == pytest.approx(plain(), rel=1e-5)
+    got.backward()
+    for layer, router in enumerate(routers):
+        assert router.weight.grad is not None
+        for expert, column in [(0, 0), (2, 3), (5, 4)]:
+            before, values = weights[layer][expert][column], []
+            for step in (1e-5, -1e-5):
+                weights[layer][expert][column] = before + step
+                values.append(plain())
+            weights[layer][expert][column] = before
+            difference = (values[0] - values[1]) / 2e-5
+            assert router.weight.grad[expert, column].item() == pytest.approx(difference, rel=1e-3, abs=1e-6)
+
+
+def test_perfect_balance_costs_alpha_per_layer() -> None:
+    # Token t prefers experts t and t+1 (mod E): over E tokens every expert is chosen as often as any other.
+    logits_TE = torch.full((EXPERTS, EXPERTS), -1.0)
+    for t in range(EXPERTS):
+        logits_TE[t, t] = logits_TE[t, (t + 1) % EXPERTS] = 1.0
+    routing = routing_of(logits_TE)
+    assert term([routing, routing, routing], sequences=1).item() == pytest.approx(3 * ALPHA, rel=1e-6)
+
+
+def routing_of(logits_TE: torch.Tensor) -> Routing:
+    ids = torch.zeros(logits_TE.shape[0], TOP_K, dtype=torch.int64)
+    return Routing(logits_TE, logits_TE.sigmoid(), ids, ids.float(), torch.zeros(EXPERTS, dtype=torch.int64), None)
+
+
+@pytest.mark.parametrize("shift", [-30.0, -90.0])
+def test_driving_all_affinities_to_zero_hides_nothing(shift: float) -> None:
+    """Far down, sigmoid is the exponential, so the normalised affinities tend to a softmax and the loss stays."""
+    generator = torch.Generator().manual_seed(5)
+    logits_TE = torch.randn(12, EXPERTS, generator=generator)
+    logits_TE[:, 0] += 4.0
+    low = (logits_TE + shift).requires_grad_()
+    got = term([routing_of(low)], sequences=1)
+    share_TE = logits_TE.double().softmax(dim=1)
+    chosen_TE = torch.zeros_like(share_TE).scatter_(1, logits_TE.topk(TOP_K, dim=1).indices, 1.0)
+    expected = ALPHA * EXPERTS / TOP_K * (chosen_TE.mean(0) * share_TE.mean(0)).sum()
+    assert got.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert got.item() > 1.5 * ALPHA
+    [gradient] = torch.autograd.grad(got, low)
+    assert gradient[:, 0].min() > 0, "the favoured expert is not pushed down"
+
+
+def test_shares_of_micro_batches_add_up_to_the_mean_over_the_global_batch() -> None:
+    routers, x_TD = setting("sigmoid")
+    whole = term([router(x_TD, PADDED.flatten()) for router in routers])
+    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(coefficient=ALPHA), model())
+    parts = 0.0
+    for sequence in range(SEQUENCES):
+        rows = slice(sequence * LENGTH, (sequence + 1) * LENGTH)
+        batch = Batch(torch.zeros(1, LENGTH + 1, dtype=torch.int64))
+        routings = [router(x_TD[rows], PADDED[sequence]) for router in routers]
+        parts += technique.loss_terms(batch, routings, BatchCounts(1, 1, SEQUENCES))["balance_loss"].item()
+    assert parts == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_a_dense_model_has_no_balance_loss() -> None:
+    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(), model())
+    assert technique.loss_terms(Batch(torch.zeros(1, 2, dtype=torch.int64)), [], BatchCounts(1, 1, 1)) == {}

@@ -1,0 +1,31 @@
+import pytest
+import torch
+from torch import nn
+
+from moe.config.model import ModelConfig
+from moe.config.stability import GlobalClipConfig
+from moe.parallel import Ranks
+from moe.parameters import ParameterSet
+from moe.stability.clip import GlobalClip
+from moe.stability.technique import GradientNorms
+
+
+def model_with_gradients() -> nn.Module:
+    generator = torch.Generator().manual_seed(6)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 1.0, 1e3])
+def test_clipping_is_that_of_torch(max_norm: float) -> None:
+    ours, theirs = model_with_gradients(), model_with_gradients()
+    parameters = ParameterSet(ours, Ranks(torch.device("cpu")), dense_is_sharded=False)
+    norms = parameters.norms()
+    clip = GlobalClip(GlobalClipConfig(max_norm=max_norm), ModelConfig())
+    figures = clip.on_gradients(parameters, GradientNorms(norms.pop("total"), norms))
+    before = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert figures["clip_factor"] == pytest.approx(min(1.0, max_norm / float(before)), rel=1e-5)

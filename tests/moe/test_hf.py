@@ -1,0 +1,233 @@
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from moe.batch import Batch
+from moe.config.model import ModelConfig
+from moe.hf import from_hf, hf_config, refuse_inexpressible, to_hf
+from moe.layers import attention
+from moe.layers.router import Router, Routing
+from moe.model import Transformer
+from tests.moe.build import ALONE, build_model, random_ids, small_config
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
+
+# transformers fills the shared expert of width 0 that it always builds.
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+
+GROUPS = {"num_groups": 4, "top_groups": 2}
+# With every bias below -1 every biased affinity is negative: a mask of 0 instead of -inf would pick barred experts.
+NEGATIVE = (-2.0, -1.2)
+MIXED = (-0.3, 0.3)
+
+CASES: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "one dense layer": ({}, MIXED),
+    "no dense layer": ({"moe": {"first_dense_layers": 0}}, MIXED),
+    "two dense layers": ({"moe": {"first_dense_layers": 2}}, MIXED),
+    "groups": ({"moe": GROUPS}, MIXED),
+    "groups, negative scores": ({"moe": GROUPS}, NEGATIVE),
+    "every group chosen, one expert each": ({"moe": {"num_groups": 16, "top_groups": 16}}, MIXED),
+    "no shared expert": ({"moe": {"num_shared_experts": 0}}, MIXED),
+    "two shared experts": ({"moe": {"num_shared_experts": 2}}, MIXED),
+    "compressed queries": ({"attention": {"q_lora_rank": 12}}, MIXED),
+    "scaled experts": ({"moe": {"routed_scaling_factor": 2.5}}, MIXED),
+    "gates not normalised": ({"moe": {"normalize_gates": False}}, MIXED),
+    "value wider than query": ({"attention": {"v_head_dim": 20}}, MIXED),
+    "other rotary base": ({"rope_theta": 500.0}, MIXED),
+    "multi-token prediction, left behind": ({"mtp": {"depth": 1}}, MIXED),
+    "dense model": ({"moe": {"num_experts": 0}}, MIXED),
+    "all of deepseek-v3": (
+        {"attention": {"q_lora_rank": 12}, "moe": {**GROUPS, "routed_scaling_factor": 2.5}, "mtp": {"depth": 1}},
+        NEGATIVE,
+    ),
+}
+BY_CASE = pytest.mark.parametrize(("changes", "bias"), CASES.values(), ids=CASES.keys())
+
+
+def written(model: Transformer, folder: Path) -> Any:
+    """transformers' model, loaded from a folder that holds ours."""
+    (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
+    save_file(to_hf(model.state_dict(), model.config), folder / "model.safetensors", metadata={"format": "pt"})
+    theirs, info = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.dtype == torch.float32
+    return theirs
+
+
+def our_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of every position of ``ids``; the positions that only serve as targets are made up."""
+    ahead = F.pad(ids, (0, 1 + model.config.mtp.depth))
+    logits: torch.Tensor = model(Batch(ahead)).logits
+    return logits
+
+
+def their_gradients(theirs: Any) -> dict[str, torch.Tensor]:
+    """Gradients by on-disk name; in memory the experts of a layer are two tensors."""
+    gradients: dict[str, torch.Tensor] = {}
+    for name, parameter in theirs.named_parameters():
+        for expert, part in enumerate(parameter.grad) if ".experts." in name else ():
+            prefix = name.rpartition(".")[0] + f".{expert}"
+            if name.endswith("gate_up_proj"):
+                gradients[f"{prefix}.gate_proj.weight"], gradients[f"{prefix}.up_proj.weight"] = part.chunk(2)
+            else:
+                gradients[f"{prefix}.down_proj.weight"] = part
+        if ".experts." not in name:
+            gradients[name] = parameter.grad
+    return gradients
+
+
+@BY_CASE
+def test_transformers_computes_the_same_logits_and_gradients(
+    changes: dict[str, Any], bias: tuple[float, float], tmp_path: Path
+) -> None:
+    config = small_config(**changes)
+    ours = build_model(config, bias=bias)
+    theirs = written(ours, tmp_path)
+    ids = random_ids(3, 24)
+    targets = random_ids(3, 24, seed=2)
+
+    logits = {"ours": our_logits(ours, ids), "theirs": theirs(ids).logits}
+    for values in logits.values():
+        F.cross_entropy(values.flatten(0, 1), targets.flatten()).backward()
+
+    assert logits["ours"].std() > 0.1
+    assert (logits["ours"] - logits["theirs"]).abs().max() <= 1e-4
+    state = {name: torch.zeros_like(tensor) for name, tensor in ours.state_dict().items()}
+    state |= {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    expected = their_gradients(theirs)
+    found = {name: tensor for name, tensor in to_hf(state, config).items() if "correction_bias" not in name}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def _bias_in_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Callable[..., Routing] = Router.forward
+
+    def forward(self: Router, x_TD: torch.Tensor, real_T: torch.Tensor | None = None) -> Routing:
+        routing = right(self, x_TD, real_T)
+        gates = (routing.affinity_TE + self.expert_bias_E).gather(1, routing.ids_TK)
+        return replace(routing, gates_TK=gates / gates.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor)
+
+    monkeypatch.setattr(Router, "forward", forward)
+
+
+def _zero_for_barred_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.Tensor.masked_fill
+    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda self, mask, value: right(self, mask, max(value, 0.0)))
+
+
+def _rotary_halves_instead_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        return torch.cat(torch.view_as_real(torch.complex(*x.chunk(2, dim=-1)) * turns).unbind(-1), dim=-1)
+
+    monkeypatch.setattr(attention, "rotate", rotate)
+
+
+@pytest.mark.parametrize("plant", [_bias_in_the_gate, _zero_for_barred_groups, _rotary_halves_instead_of_pairs])
+def test_a_planted_mistake_breaks_the_parity(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ours = build_model(small_config(moe=GROUPS), bias=NEGATIVE)
+    theirs = written(ours, tmp_path)
+    ids = random_ids(3, 24)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (our_logits(ours, ids) - expected).abs().max() <= 1e-4
+        plant(monkeypatch)
+        assert (our_logits(ours, ids) - expected).abs().max() > 1e-2
+
+
+@BY_CASE
+def test_there_and_back_is_exact(changes: dict[str, Any], bias: tuple[float, float]) -> None:
+    config = small_config(**changes)
+    state = build_model(config, bias=bias).state_dict()
+    back = from_hf(to_hf(state, config), config)
+    assert back.keys() == {name for name in state if not name.startswith("mtp.")}
+    assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_checkpoint_saved_by_transformers_is_read(shared: int, tmp_path: Path) -> None:
+    config = small_config(attention={"q_lora_rank": 12}, moe={**GROUPS, "num_shared_experts": shared})
+    torch.manual_seed(0)
+    raw = {name: value for name, value in hf_config(config).items() if name not in ("architectures", "model_type")}
+    theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**raw | {"initializer_range": 0.1}))
+    theirs.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+
+    ours = Transformer(config, ALONE)
+    ours.load_state_dict(from_hf(saved, config))
+    again = to_hf(ours.state_dict(), config)
+
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
+    ids = random_ids(2, 16)
+    with torch.no_grad():
+        assert (our_logits(ours, ids) - theirs(ids).logits).abs().max() <= 1e-4
+
+
+def test_dtypes_survive() -> None:
+    config = small_config()
+    state = build_model(config).state_dict()
+    cast = {name: t if name.endswith("expert_bias_E") else t.bfloat16() for name, t in state.items()}
+    for name, tensor in to_hf(cast, config).items():
+        assert tensor.dtype == (torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention": {"kind": "mha"}}, r"model\.attention\.kind=mha \(only mla\)"),
+        ({"moe": {"affinity": "softmax"}}, r"model\.moe\.affinity=softmax \(only sigmoid\)"),
+        ({"norm_eps": 1e-5}, r"model\.norm_eps=1e-05"),
+        ({"moe": {"num_experts": 1, "top_k": 1}}, r"model\.moe\.num_experts=1 "),
+        ({"attention": {"kind": "mha"}, "moe": {"affinity": "softmax"}}, "kind=mha.*; .*affinity=softmax"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    config = small_config(**changes)
+    state = build_model(config).state_dict()
+    refusals: list[Callable[[ModelConfig], object]] = [
+        refuse_inexpressible,
+        hf_config,
+        lambda c: to_hf(state, c),
+        lambda c: from_hf({}, c),
+    ]
+    for refusal in refusals:
+        with pytest.raises(ValueError, match=named):
+            refusal(config)
+
+
+def test_softmax_does_not_matter_where_there_is_no_router() -> None:
+    refuse_inexpressible(small_config(moe={"num_experts": 0, "affinity": "softmax"}))
+
+
+def test_a_missing_or_unknown_tensor_is_refused_by_name() -> None:
+    config = small_config()
+    state = build_model(config).state_dict()
+    theirs = to_hf(state, config)
+    with pytest.raises(ValueError, match=r"lacks tensors \(1\): head\.weight"):
+        to_hf({name: t for name, t in state.items() if name != "head.weight"}, config)
+    with pytest.raises(ValueError, match=r"has unknown tensors \(1\): layers\.7\.norm\.weight"):
+        to_hf(state | {"layers.7.norm.weight": state["norm.weight"]}, config)
+    with pytest.raises(ValueError, match=r"lacks tensors \(1\): lm_head\.weight"):
+        from_hf({name: t for name, t in theirs.items() if name != "lm_head.weight"}, config)
+    with pytest.raises(
+        ValueError, match=r"has unknown tensors \(1\): model\.layers\.1\.mlp\.experts\.16\.up_proj\.weight"
+    ):
+        from_hf(theirs | {"model.layers.1.mlp.experts.16.up_proj.weight": torch.zeros(1)}, config)
+
+
+def test_a_vocabulary_size_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"model\.vocab_size"):
+        hf_config(small_config(vocab_size=None))

@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+
+from moe.config.model import InitConfig, ModelConfig
+from moe.init import initialise
+from moe.model import Transformer
+from moe.parallel import Ranks
+from tests.moe.build import ALONE, small_config
+
+CONFIG = small_config(attention={"q_lora_rank": 12}, mtp={"depth": 1})
+
+
+def initialised(ranks: Ranks = ALONE, seed: int = 0, std: float = 0.02, config: ModelConfig = CONFIG) -> Transformer:
+    model = Transformer(config, ranks)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float("nan"))
+    initialise(model, InitConfig(std=std), seed, ranks)
+    return model
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_weights_do_not_depend_on_the_degree_of_expert_parallelism(ep: int) -> None:
+    whole = initialised().state_dict()
+    parts = [initialised(Ranks(torch.device("cpu"), rank, ep, ep)).state_dict() for rank in range(ep)]
+    for name, tensor in whole.items():
+        if ".experts." in name:
+            assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+        else:
+            assert all(torch.equal(part[name], tensor) for part in parts), name
+
+
+@pytest.mark.parametrize("std", [0.006, 0.1])
+def test_matrices_have_the_configured_deviation(std: float) -> None:
+    model = initialised(std=std)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().double().flatten()
+        if parameter.dim() == 1:
+            assert (values == 1).all(), name
+            continue
+        # Five deviations of the sample's own mean and deviation.
+        assert abs(float(values.mean())) < 5 * std / math.sqrt(len(values)), name
+        assert float(values.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * len(values))), name
+        assert values.abs().max() > 2 * std, name
+    for layer in model.moe_layers():
+        assert layer.router.expert_bias_E.abs().max() == 0
+
+
+def test_no_two_matrices_are_alike_and_no_two_experts() -> None:
+    rows = []
+    for name, parameter in initialised().named_parameters():
+        if parameter.dim() > 1:
+            tensors = parameter.detach().unbind() if ".experts." in name else [parameter.detach()]
+            rows += [tuple(tensor.flatten()[:8].tolist()) for tensor in tensors]
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_seed_gives_one_model_and_another_seed_another() -> None:
+    first, again, other = (initialised(seed=seed).state_dict() for seed in (5, 5, 6))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name])
+        if tensor.dim() > 1:
+            assert not torch.equal(tensor, other[name]), name
+
+
+def test_weights_do_not_depend_on_torchs_global_generator() -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(initialised().state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_layers_do_not_change_when_others_are_added() -> None:
+    deeper = initialised(config=CONFIG.model_copy(update={"num_layers": 4})).state_dict()
+    assert all(torch.equal(deeper[name], t) for name, t in initialised().state_dict().items() if "mtp" not in name)

@@ -1,0 +1,139 @@
+"""A model small enough for a test of a second, its batches, and full (not divided) views of what the ranks hold."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from moe.batch import Batch, BatchSource
+from moe.config.trainer import TrainerConfig
+from moe.parallel import join
+from moe.trainer import Trainer
+
+VOCABULARY = 48
+SEQUENCES = 8
+LENGTH = 16
+
+_BASE: dict[str, Any] = {
+    "model": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_layers": 3,
+        "intermediate_size": 40,
+        "attention": {
+            "kind": "mla",
+            "num_heads": 2,
+            # Odd sizes, so that shards over 2 and 4 ranks are uneven and one of 4 ranks holds nothing.
+            "q_lora_rank": 5,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        "moe": {"num_experts": 8, "top_k": 2, "expert_size": 24, "num_shared_experts": 1, "first_dense_layers": 1},
+        # Ten times the default: with 0.006 this small a model is linear, its routing even and its gradients tiny.
+        "init": {"std": 0.06},
+    },
+    # A large eps keeps AdamW smooth: with 1e-8 the sign of a gradient of 1e-9 decides a whole step of a weight.
+    "optimizer": {"lr": 5e-3, "eps": 1e-3},
+    "schedule": {"steps": 20, "warmup_steps": 2},
+    "stability": {
+        "balance": {"kind": "sign", "bias_update_rate": 1e-2},
+        "balance_loss": {"kind": "sequence", "coefficient": 1e-2},
+        "clip": {"kind": "global", "max_norm": 0.5},
+    },
+    "parallel": {"device": "cpu"},
+    "data": {"global_batch_size": SEQUENCES, "sequence_length": LENGTH},
+}
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        # Another kind has keys of its own: it replaces what lies below.
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("kind") in (None, old.get("kind")):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def tiny_config(*changes: Mapping[str, Any]) -> TrainerConfig:
+    """The tiny config with ``changes`` laid over it, later ones on top."""
+    tree = _BASE
+    for change in changes:
+        tree = _merge(tree, change)
+    return TrainerConfig.model_validate(tree)
+
+
+def global_batch(config: TrainerConfig, step: int, *, padded: bool = False) -> Batch:
+    """All sequences of one step. Tokens are skewed so that routing is; ``padded`` cuts some short, one to nothing."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    length = config.data.sequence_length + 1 + config.model.mtp.depth
+    sequences = config.data.global_batch_size
+    vocabulary = config.model.vocab_size
+    assert vocabulary is not None
+    uniform = torch.rand(sequences, length, generator=generator)
+    ids_BL = (uniform**3 * vocabulary).long()
+    if not padded:
+        return Batch(ids_BL)
+    real_B = torch.randint(2, length + 1, (sequences,), generator=generator)
+    real_B[0] = 0
+    return Batch(ids_BL, torch.arange(length) < real_B.unsqueeze(1))
+
+
+def share_of(batch: Batch, config: TrainerConfig, rank: int) -> list[Batch]:
+    """The micro-batches of ``rank``: a contiguous share of the sequences."""
+    share, parts = config.sequences_per_worker, config.micro_batches
+    rows = slice(rank * share, (rank + 1) * share)
+    ids = batch.ids_BL[rows].chunk(parts)
+    real = [None] * parts if batch.real_BL is None else batch.real_BL[rows].chunk(parts)
+    return [Batch(i, r) for i, r in zip(ids, real, strict=True)]
+
+
+def batches_of(config: TrainerConfig, rank: int, padded_steps: Sequence[int] = ()) -> BatchSource:
+    """The batches of ``rank``, with padding at ``padded_steps``."""
+    return lambda step: share_of(global_batch(config, step, padded=step in padded_steps), config, rank)
+
+
+def tiny_trainer(config: TrainerConfig, padded_steps: Sequence[int] = ()) -> Trainer:
+    """A trainer on this process's rank. Collective."""
+    ranks = join(config.parallel)
+    return Trainer(config, ranks, batches_of(config, ranks.rank, padded_steps))
+
+
+def whole(name: str, local: torch.Tensor, trainer: Trainer) -> torch.Tensor:
+    """All of the parameter-like tensor that this rank holds as ``local``; copies must have equal bits. Collective."""
+    if isinstance(local, DTensor):
+        gathered: torch.Tensor = local.full_tensor()
+        return gathered.detach().clone()
+    held: list[Any] = [None] * trainer.ranks.world
+    if trainer.ranks.world == 1:
+        return local.detach().clone()
+    dist.all_gather_object(held, local.detach())
+    ep = trainer.config.parallel.expert_parallel if ".experts." in name else 1
+    for rank, copy in enumerate(held):
+        assert torch.equal(copy, held[rank % ep]), f"{name} differs between ranks {rank % ep} and {rank}"
+    return torch.cat(held[:ep])
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every gradient, whole. Collective."""
+    found = {}
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        found[name] = whole(name, parameter.grad, trainer)
+    return found
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every parameter and expert bias, whole. Collective."""
+    named = [*trainer.model.named_parameters(), *trainer.model.named_buffers()]
+    return {name: whole(name, tensor.detach(), trainer) for name, tensor in named}
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``|a - b| / |b|`` in fp64."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))

@@ -1,0 +1,30 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.home import HOME_VARIABLE
+from pipelines.tracking_store import URI_VARIABLE, TrackingStore, local_database, open_store
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking database with all its tables and nothing in them; making one takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    open_store(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A STEADYMOE_HOME of the test's own."""
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def store(home: Path, empty_database: Path) -> TrackingStore:
+    """The local tracking database under ``home``."""
+    shutil.copy(empty_database, home / "mlflow.db")
+    return open_store(local_database())

@@ -1,0 +1,137 @@
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import tracking
+from pipelines.delivery import BATCH_METRICS, Delivery, deliver
+from pipelines.run_folder import read_json, write_json
+from pipelines.spool import TRAIN, SpoolWriter
+from pipelines.tracking import Tracker
+from pipelines.tracking_store import TrackingStore, open_store
+from tests.pipelines.tracked import DATASET, config, points, train
+
+
+def test_a_crash_after_sending_leaves_every_point_once(store: TrackingStore) -> None:
+    with Tracker.start(config(), store, dataset=DATASET) as tracker:
+        train(tracker.folder, 1, 600)
+    assert read_json(tracker.folder.delivered) == {"offset": tracker.folder.spool.stat().st_size, "ended": True}
+    second_line = tracker.folder.spool.read_bytes().index(b"\n") + 1
+    write_json(tracker.folder.delivered, {"offset": second_line, "ended": False})
+    again = Delivery(store.client, tracker.folder)
+    assert again.left() == 2 * 599 + 1
+    again.send()
+    assert again.left() == 0
+    assert points(store.client, tracker.folder, "train/loss") == [(step, 5 / step) for step in range(1, 601)]
+    assert points(store.client, tracker.folder, "final/loss") == [(0, 0.0083)]
+
+
+def test_a_record_above_the_limit_of_a_request_arrives(store: TrackingStore) -> None:
+    metrics = {f"moe_load/expert_{number:04}": float(number) for number in range(2 * BATCH_METRICS + 1)}
+    with Tracker.start(config(), store, dataset=DATASET) as tracker, SpoolWriter(tracker.folder.spool) as writer:
+        writer.write(TRAIN, 1, metrics)
+        writer.write(TRAIN, 2, {"train/loss": 1.0})
+    assert tracker.undelivered is None
+    arrived = store.client.get_run(tracker.info.id).data.metrics
+    assert {name: value for name, value in arrived.items() if name in metrics} == metrics
+    assert arrived["train/loss"] == 1.0
+
+
+class Server:
+    """An MLflow server of the test's own, in a process group of its own."""
+
+    def __init__(self, database: Path, log: Path) -> None:
+        self.database = database
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
+        command += ["--artifacts-destination", str(self.database.parent / "served")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        wait_until(self.answers)
+
+    def answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def server(home: Path, tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "server.db", tmp_path / "server.log")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_misses_nothing(server: Server) -> None:
+    chosen = config(tracking={"uri": server.uri})
+    with Tracker.start(chosen, open_store(server.uri), dataset=DATASET) as tracker:
+        folder = tracker.folder
+        train(folder, 1, 100)
+        wait_until(lambda: read_json(folder.delivered).get("offset") == folder.spool.stat().st_size)
+        server.kill()
+        train(folder, 101, 400)
+        server.start()
+        train(folder, 401, 600)
+    assert tracker.undelivered is None
+    client = tracker.store.client
+    assert points(client, folder, "train/loss") == [(step, 5 / step) for step in range(1, 601)]
+    assert points(client, folder, "val/loss") == [(100, 6 / 100), (400, 6 / 400), (600, 6 / 600)]
+    run = client.get_run(tracker.info.id)
+    assert run.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(tracker.info.id)} == {"config.yaml", "environment.json"}
+
+
+@pytest.mark.slow
+def test_what_a_dead_server_did_not_get_is_told_and_delivered_later(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 2.0)
+    with Tracker.start(config(), open_store(server.uri), dataset=DATASET) as tracker:
+        server.kill()
+        train(tracker.folder, 1, 600)
+    assert tracker.undelivered is not None
+    assert "\n" not in tracker.undelivered
+    assert re.match(r"1,201 points and the ending of run run-1 could not be delivered", tracker.undelivered)
+    assert "`steadymoe deliver run-1` sends them" in tracker.undelivered
+    server.start()
+    assert deliver(tracker.folder) is None
+    run = tracker.store.client.get_run(tracker.info.id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["final/loss"] == 0.0083
+    assert len(points(tracker.store.client, tracker.folder, "train/loss")) == 600

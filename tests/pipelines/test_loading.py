@@ -1,0 +1,185 @@
+"""Presets, files and --set become one validated config, or one clear line for every problem."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import FilesCorpusConfig, RunConfig
+from pipelines.errors import UserError
+from pipelines.loading import dump_config, load_config, preset_names
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def complaint(layers: list[str], settings: list[str] | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(layers, settings or [])
+    return str(caught.value)
+
+
+def test_no_layer_gives_the_defaults() -> None:
+    assert load_config([]) == RunConfig()
+
+
+def test_a_later_layer_wins_key_by_key(tmp_path: Path) -> None:
+    below = write(tmp_path, "below.yaml", "model: {num_layers: 3, moe: {num_experts: 8, top_k: 3}}\nseed: 1\n")
+    above = write(tmp_path, "above.yaml", "model: {moe: {top_k: 4}}\nseed: 2\n")
+    config = load_config([below, above], ["seed=3"])
+    assert (config.model.num_layers, config.model.moe.num_experts, config.model.moe.top_k) == (3, 8, 4)
+    assert config.seed == 3
+    assert load_config([above, below]).model.moe.top_k == 3
+
+
+def test_a_new_kind_takes_nothing_over_from_the_kind_it_replaces(tmp_path: Path) -> None:
+    below = write(tmp_path, "below.yaml", "data: {corpus: {kind: stdlib, include_tests: false}}\n")
+    above = write(tmp_path, "above.yaml", "data: {corpus: {kind: files, paths: [a.txt]}}\n")
+    assert load_config([below, above]).data.corpus == FilesCorpusConfig(paths=["a.txt"])
+
+
+def test_keys_of_the_default_kind_are_dropped_with_it(tmp_path: Path) -> None:
+    below = write(tmp_path, "below.yaml", "stability: {clip: {max_norm: 0.5}}\n")
+    above = write(tmp_path, "above.yaml", "stability: {clip: {kind: none}}\n")
+    assert load_config([below]).stability.clip.model_dump() == {"kind": "global", "max_norm": 0.5}
+    assert load_config([below, above]).stability.clip.kind == "none"
+
+
+def test_the_same_kind_again_keeps_the_keys_below_it(tmp_path: Path) -> None:
+    below = write(tmp_path, "below.yaml", "stability: {clip: {kind: global, max_norm: 0.5}}\n")
+    above = write(tmp_path, "above.yaml", "stability: {clip: {kind: global}}\n")
+    assert load_config([below, above]).stability.clip.model_dump() == {"kind": "global", "max_norm": 0.5}
+
+
+def test_a_list_replaces_the_list_below_it(tmp_path: Path) -> None:
+    below = write(tmp_path, "below.yaml", "data: {corpus: {kind: files, paths: [a, b]}}\n")
+    config = load_config([below], ["data.corpus.paths=[c]"])
+    assert config.data.corpus == FilesCorpusConfig(paths=["c"])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_settings_are_one_layer_whatever_their_order(tmp_path: Path, reverse: bool) -> None:
+    below = write(tmp_path, "below.yaml", "stability: {clip: {kind: none}}\n")
+    settings = ["stability.clip.kind=global", "stability.clip.max_norm=0.25"]
+    config = load_config([below], settings[::-1] if reverse else settings)
+    assert config.stability.clip.model_dump() == {"kind": "global", "max_norm": 0.25}
+
+
+def test_an_exponent_without_a_dot_is_a_number_in_files_and_settings(tmp_path: Path) -> None:
+    path = write(tmp_path, "lr.yaml", "optimizer: {lr: 1e-3}\nmodel: {rope_theta: 5E5}\n")
+    config = load_config([path], ["optimizer.eps=1e-6"])
+    assert (config.optimizer.lr, config.optimizer.eps, config.model.rope_theta) == (1e-3, 1e-6, 5e5)
+
+
+@pytest.mark.parametrize("text", ["42", "1e-3", "no"])
+def test_quoted_text_stays_text(text: str) -> None:
+    assert load_config([], [f'tracking.run_name="{text}"']).tracking.run_name == text
+
+
+def test_a_setting_may_hold_an_equals_sign_and_a_comma() -> None:
+    config = load_config([], ["tracking.run_name=lr=1,2"])
+    assert config.tracking.run_name == "lr=1,2"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_survives_dumping(name: str, tmp_path: Path) -> None:
+    config = load_config([name])
+    path = write(tmp_path, "dumped.yaml", dump_config(config))
+    assert load_config([path]) == config
+    assert dump_config(load_config([path])) == dump_config(config)
+
+
+def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) -> None:
+    for text in ["1e-3", "null", "true", "", "010", "a: b", "ü# x", "2024-01-01"]:
+        config = RunConfig.model_validate({"tracking": {"run_name": text}})
+        assert load_config([write(tmp_path, "dumped.yaml", dump_config(config))]) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        # unknown keys
+        ("stability.clip.max_nrm=1", "stability.clip.max_nrm: unknown key; did you mean stability.clip.max_norm?"),
+        ("trakcing.uri=x", "trakcing: unknown key; did you mean tracking?"),
+        ("lr=1e-3", "lr: unknown key; did you mean optimizer.lr?"),
+        ("stability.max_norm=1", "stability.max_norm: unknown key; did you mean stability.clip.max_norm?"),
+        ("xyzzy=1", "xyzzy: unknown key; possible here: seed, model,"),
+        # kinds
+        ("stability.clip.kind=globl", "stability.clip.kind: 'globl' is no kind of clip; did you mean global?"),
+        ("stability.clip.kind=qqq", "stability.clip.kind: 'qqq' is no kind of clip; possible: none, global"),
+        ("data.corpus.paths=[a]", "data.corpus.paths: belongs to kind files, but data.corpus.kind is stdlib"),
+        ("data.corpus.kind=files", "data.corpus.paths: is required here"),
+        ("stability.clip=global", "stability.clip: should be a mapping of keys, got the text 'global'"),
+        # types and ranges
+        ("model.num_layers=four", "model.num_layers: should be a valid integer"),
+        ("model.num_layers=2.5", "model.num_layers: should be a valid integer"),
+        ("model.num_layers=0", "model.num_layers: should be greater than 0, got 0"),
+        ("model.num_layers.deep=3", "model.num_layers: should be a valid integer, got a mapping"),
+        ("optimizer.lr=.nan", "optimizer.lr: should be a finite number, got nan"),
+        ("optimizer.lr=.inf", "optimizer.lr: should be a finite number, got inf"),
+        ("optimizer.lr=1e999", "optimizer.lr: should be a finite number, got inf"),
+        ("optimizer.lr=-1e-3", "optimizer.lr: should be greater than 0, got -0.001"),
+        ("model.moe.affinity=sigmod", "model.moe.affinity: should be 'sigmoid' or 'softmax', got the text 'sigmod'"),
+        ("tracking.run_name=42", "tracking.run_name: should be text, got 42; quote it"),
+        ("model=3", "model: should be a mapping of keys, got 3"),
+        ("model=", "model: should be a mapping of keys, got nothing"),
+        ("data.corpus={kind: files, paths: [a, 1]}", "data.corpus.paths.1: should be text, got 1"),
+        # rules over several keys
+        ("model.moe.num_groups=3", "model.moe: num_experts (8) is not divisible by num_groups (3)"),
+        ("model.moe={num_groups: 4, top_k: 3}", "model.moe: top_k (3) is more than the 1 chosen groups hold"),
+        ("parallel.workers=3", "data.global_batch_size (16) is not divisible by parallel.workers (3)"),
+        ("schedule.warmup_steps=201", "schedule: warmup_steps (201) is larger than steps (200)"),
+        # not a setting at all
+        ("seed", "--set seed: should be key=value, for example --set optimizer.lr=3e-4"),
+        ("=1", "--set =1: should be key=value"),
+        ("model..moe=1", "--set model..moe=1: should be key=value"),
+        ("data.corpus.paths=[*.txt]", "--set data.corpus.paths, line 1: not valid YAML"),
+        ("model.moe={top_k: 1, top_k: 2}", "--set model.moe, line 1: top_k is given twice"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_the_key(setting: str, line: str) -> None:
+    found = complaint(["micro"], [setting])
+    assert found.startswith(line)
+    assert "\n" not in found
+
+
+def test_every_problem_has_its_line() -> None:
+    lines = complaint([], ["seed=-1", "optimizer.lr=x", "model.layers=3"]).splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == ["model.layers", "optimizer.lr", "seed"]
+
+
+def test_the_layer_and_line_of_a_wrong_value_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine.yaml", "seed: 1\nmodel:\n  moe:\n    top_k: none\n")
+    assert complaint(["micro", path]).endswith(f"(set by {path}, line 4)")
+    assert complaint([path], ["model.moe.top_k=many"]).endswith("(set by --set)")
+
+
+def test_joined_keys_in_a_file_are_explained(tmp_path: Path) -> None:
+    assert "nest keys" in complaint([write(tmp_path, "flat.yaml", "optimizer.lr: 0.1\n")])
+
+
+def test_an_unknown_preset_is_refused_with_the_list() -> None:
+    found = complaint(["mikro"])
+    assert found.startswith("unknown preset 'mikro'; did you mean micro?")
+    assert all(name in found for name in preset_names())
+
+
+def test_a_file_without_its_ending_is_explained(tmp_path: Path) -> None:
+    found = complaint([write(tmp_path, "mine.yml", "seed: 1\n")])
+    assert "a file's name should end in .yaml" in found
+
+
+@pytest.mark.parametrize("name", ["../presets/micro", "recipes", "micro/", ""])
+def test_a_preset_is_only_what_is_listed(name: str) -> None:
+    assert complaint([name]).startswith(f"unknown preset {name!r}")
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    assert complaint([missing]) == f"{missing}: cannot be read: No such file or directory"
+    (tmp_path / "folder.yaml").mkdir()
+    assert complaint([str(tmp_path / "folder.yaml")]).endswith("cannot be read: Is a directory")
+    (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
+    assert "is not UTF-8 text" in complaint([str(tmp_path / "binary.yaml")])
