@@ -19,8 +19,7 @@ help:  ## this list
 
 install: $(STAMP)  ## make .venv and install everything there by exact versions; costs nothing the second time
 
-# One resolver run for everything, torch too. On Linux without a GPU, the CPU build of torch is ten times smaller:
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install
+# One resolver run for everything, torch too: pip's own settings (index, wheels on disk) decide which build of it.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 13) else "steadymoe needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d; name another: make install PYTHON=python3.12" % v[:2])'
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_settings import CliSubCommand, CliToggleFlag
 
 from pipelines import commands
-from pipelines.arguments import TrainArguments
+from pipelines.arguments import DeliverArguments, TrainArguments
 from pipelines.command_line import EXIT_DONE, run_command
 from pipelines.errors import UserError
 
@@ -27,6 +27,8 @@ class Steadymoe(BaseModel):
     """Print the version and stop."""
     train: CliSubCommand[TrainArguments]
     """One training run."""
+    deliver: CliSubCommand[DeliverArguments]
+    """Send MLflow what it could not take while a run was on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,4 +42,6 @@ def _dispatch(arguments: Steadymoe) -> int:
         return EXIT_DONE
     if arguments.train is not None:
         return commands.train(arguments.train)
+    if arguments.deliver is not None:
+        return commands.deliver(arguments.deliver)
     raise UserError(f"no command given (see {PROGRAM} --help)")

@@ -55,3 +55,16 @@ class TrainArguments(BaseModel):
                     f"{'.'.join(path)}: cannot change when a run is resumed; only schedule.steps and tracking.* can"
                 )
         return self
+
+
+class DeliverArguments(BaseModel):
+    """Send MLflow what it could not take while a run was on: the points of its metrics and how it ended.
+
+    Example:
+      steadymoe deliver latest
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run: CliPositionalArg[str]
+    """The run, by its id, its name or latest."""

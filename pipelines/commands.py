@@ -1,7 +1,8 @@
 """This wing's commands up to the point where torch, ray and mlflow are needed (their import alone takes seconds)."""
 
-from pipelines.arguments import TrainArguments
+from pipelines.arguments import DeliverArguments, TrainArguments
 from pipelines.command_line import EXIT_DONE
+from pipelines.errors import UserError
 from pipelines.loading import dump_config
 
 
@@ -19,3 +20,19 @@ def train(arguments: TrainArguments) -> int:
     from pipelines.train import run
 
     return run(arguments)
+
+
+def deliver(arguments: DeliverArguments) -> int:
+    """Deliver a run's spool to MLflow; returns the exit code.
+
+    Raises:
+        UserError: there is no such run, or the tracking store does not take everything.
+    """
+    from pipelines.delivery import deliver as deliver_run
+    from pipelines.run_folder import find_run
+
+    folder = find_run(arguments.run)
+    if left := deliver_run(folder):
+        raise UserError(left)
+    print(f"MLflow has everything that run {folder.info.name} recorded.")
+    return EXIT_DONE

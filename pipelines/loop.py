@@ -1,7 +1,7 @@
 """A training run from its first step to its last, on this rank, whatever framework brought the rank up.
 
-Drives the Trainer and does what stands around it: records, validation, checkpoints. Every rank runs the same loop; rank 0
-alone records.
+Drives the Trainer and does what stands around it: records, validation, checkpoints. Every rank runs the same loop;
+rank 0 alone records.
 """
 
 import time
@@ -23,10 +23,7 @@ from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
 from pipelines.history import WindowMaximum
 from pipelines.run_folder import RunFolder
 from pipelines.shards import Shards
-from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter
-
-MODEL = "model"
-"""Kind of the one record of the model's size."""
+from pipelines.spool import START, TRAIN, VALIDATION, SpoolReader, SpoolWriter
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class _Recorder:
         """Record how large the model is."""
         size = count_parameters(self.config.model)
         figures = {"model/parameters": size.total, "model/active_parameters": size.active}
-        self._write(MODEL, 0, {name: float(figure) for name, figure in figures.items()})
+        self._write(START, 0, {name: float(figure) for name, figure in figures.items()})
 
     def step(self, report: Report, seconds: float) -> None:
         """Record an optimizer step that took ``seconds``."""
@@ -154,7 +151,10 @@ def _steps(
 
 def _save(trainer: Trainer, folder: RunFolder, shards: Shards, keep: int) -> None:
     """Save a checkpoint, then drop the oldest ones. Collective."""
-    metadata: dict[str, JSON] = {"corpus_digest": shards.manifest.corpus_digest, "threads": trainer.config.parallel.threads}
+    metadata: dict[str, JSON] = {
+        "corpus_digest": shards.manifest.corpus_digest,
+        "threads": trainer.config.parallel.threads,
+    }
     checkpoints.save(folder.checkpoints, trainer.state(), step=trainer.steps_done, metadata=metadata)
     if trainer.ranks.rank == 0:
         checkpoints.prune(folder.checkpoints, keep)

@@ -13,7 +13,7 @@ _QUIET_AND_QUICK = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # How often Ray Train looks at its workers, and so how late it sees that they are done; 2 s otherwise.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Each of these is a process or a thread of Ray Train that a run here has no use for, about 1 s of a core at the start.
+    # Processes and threads of Ray Train that a run here has no use for: about 1 s of a core each at the start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }

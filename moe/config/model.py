@@ -51,7 +51,7 @@ AttentionConfig = Annotated[MlaConfig | MhaConfig, Field(discriminator="kind")]
 
 
 class MoeConfig(Config):
-    """Shared and routed experts and the router that chooses among them (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+    """Shared and routed experts, and the router among them (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
     num_experts: NonNegativeInt = 16
     """Routed experts per MoE layer; 0 makes every layer dense (then only model.intermediate_size counts)."""
@@ -92,7 +92,8 @@ class MoeConfig(Config):
             )
         if self.top_groups < self.num_groups and per_group < EXPERTS_PER_GROUP_SCORE:
             raise ValueError(
-                f"a group is scored by its {EXPERTS_PER_GROUP_SCORE} best experts, but num_experts / num_groups is {per_group}"
+                f"a group is scored by its {EXPERTS_PER_GROUP_SCORE} best experts, "
+                f"but num_experts / num_groups is {per_group}"
             )
         return self
 

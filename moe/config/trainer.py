@@ -128,7 +128,8 @@ class TrainerConfig(Config):
         workers, experts = self.parallel.workers, self.model.moe.num_experts
         if self.data.global_batch_size % workers:
             raise ValueError(
-                f"data.global_batch_size ({self.data.global_batch_size}) is not divisible by parallel.workers ({workers})"
+                f"data.global_batch_size ({self.data.global_batch_size}) "
+                f"is not divisible by parallel.workers ({workers})"
             )
         micro = self.data.micro_batch_size
         if micro is not None and self.sequences_per_worker % micro:

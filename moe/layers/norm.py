@@ -19,7 +19,8 @@ class _RmsNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, inverse)
-        return (x * inverse).mul_(gain)
+        normed: torch.Tensor = x * inverse
+        return normed.mul_(gain)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

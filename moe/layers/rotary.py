@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 
 def rotary_turns(positions: int, width: int, theta: float, device: torch.device, unturned: int = 0) -> torch.Tensor:
-    """The unit complex number that turns pair i at position s by ``s * theta^(-2i/R)``, complex64 [S, (unturned + R)/2].
+    """The unit complex numbers that turn pair i at position s by ``s * theta^(-2i/R)``.
 
-    The first ``unturned`` dimensions get the number 1: turning a whole head that way costs less than taking it apart and
-    joining it again. Angles are computed in fp64: in fp32 their error grows with the position.
+    complex64 [S, (unturned + R) / 2]. The first ``unturned`` dimensions get the number 1: turning a whole head that way
+    costs less than taking it apart and joining it again. Angles are computed in fp64: in fp32 their error grows with
+    the position.
     """
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
     frequencies = F.pad(frequencies, (unturned // 2, 0))

@@ -31,7 +31,7 @@ def test_every_step_validation_and_checkpoint_of_a_run_is_there(tmp_path: Path) 
     final = metrics_of(run, "validation")[12]
     assert 0 <= final["moe/dead_experts"] < 8
     assert final["val/nats_per_byte"] > final["val/loss"]  # document tokens are predicted, but are no bytes of text
-    assert metrics_of(run, "model")[0]["model/active_parameters"] < metrics_of(run, "model")[0]["model/parameters"]
+    assert metrics_of(run, "start")[0]["model/active_parameters"] < metrics_of(run, "start")[0]["model/parameters"]
     assert sorted(path.name for path in RunFolder(run).checkpoints.iterdir()) == [
         f"step-{step:08}" for step in (4, 8, 12)
     ]

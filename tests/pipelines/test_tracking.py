@@ -223,3 +223,18 @@ def test_a_deleted_experiment_is_named(store: TrackingStore) -> None:
     store.client.delete_experiment(store.experiment_id("gone"))
     with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' is deleted in"):
         Tracker.start(config(tracking={"experiment": "gone"}), store, dataset=DATASET)
+
+
+def test_a_run_keeps_its_name_unless_resuming_gives_another(store: TrackingStore) -> None:
+    named = config(tracking={"run_name": "mine"})
+    with Tracker.start(named, store, dataset=DATASET):
+        pass
+    with Tracker.start(named, store, dataset=DATASET) as tracker:
+        assert tracker.info.name == "mine-2"
+    with Tracker.start(named, store, dataset=DATASET, resume=tracker.folder) as again:
+        assert again.info.name == "mine-2"
+    renamed = config(tracking={"run_name": "yours"})
+    with Tracker.start(renamed, store, dataset=DATASET, resume=tracker.folder) as again:
+        assert again.info.name == "yours"
+    assert find_run("yours").path == tracker.folder.path
+    assert store.client.get_run(tracker.info.id).info.run_name == "yours"
