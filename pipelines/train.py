@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import Progress
 
 from moe.config.model import ModelConfig
 from pipelines import commands
@@ -72,11 +73,18 @@ def run(arguments: TrainArguments) -> int:
 
 
 def _prepare(config: RunConfig, console: Console) -> Shards:
-    def progress(done: int, total: int) -> None:
-        if done == total:
-            console.print(f"prepared {total / 1e6:.1f} MB of text", highlight=False)
-
-    return prepare(config.data, progress)
+    """The token shards; a corpus that is not known yet is made into them with a progress bar."""
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("preparing text", total=None, visible=False)
+        shards = prepare(config.data, lambda done, total: bar.update(task, completed=done, total=total, visible=True))
+    manifest = shards.manifest
+    console.print(
+        f"text: {manifest.train.documents:,} documents, {manifest.train.tokens / 1e6:.1f} M tokens to train on, "
+        f"{manifest.validation.documents:,} and {manifest.validation.tokens / 1e6:.1f} M held out",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return shards
 
 
 def _fit_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:

@@ -55,7 +55,7 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
     ("argv", "line"),
     [
         ([], "error: no command given (see steadymoe --help)"),
-        (["trian"], "error: argument {train}: invalid choice: 'trian'"),
+        (["trian"], "error: argument {train,deliver}: invalid choice: 'trian'"),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["train", "--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["train", "mikro"], "error: unknown preset 'mikro'"),

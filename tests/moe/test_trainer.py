@@ -26,30 +26,6 @@ POISON = 47
 """A token of the vocabulary whose embedding some tests make NaN."""
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal, NaN included."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def saved(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A copy of what this rank holds of the state."""
-    state = trainer.state()
-    return {name: local(tensor).detach().clone() for name, tensor in state.tensors.items()}, dict(state.scalars)
-
-
-def load(trainer: Trainer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-    live = trainer.state().tensors
-    assert live.keys() == tensors.keys()
-    with torch.no_grad():
-        for name, tensor in live.items():
-            local(tensor).copy_(tensors[name])
-    trainer.restore(scalars)
-
-
 class Spy(Technique):
     """Keeps the load that techniques are given."""
 
@@ -141,21 +117,6 @@ def test_one_sign_update_follows_the_load_summed_over_micro_batches_and_ranks(
                     expected_bias[layer] = [b + rate * (sign - shift) for b, sign in zip(old, signs, strict=True)]
                 torch.testing.assert_close(biases[step][layer], torch.tensor(expected_bias[layer]), rtol=0, atol=1e-7)
                 assert biases[step][layer].any(), "a router that the update forgot"
-
-
-def trained(changes: list[dict[str, Any]], alter: Callable[[Trainer], None] | None = None, steps: int = 3) -> Any:
-    """(losses, weights) of a few steps in this process."""
-    trainer = tiny_trainer(tiny_config(MTP, *changes), PADDED)
-    if alter:
-        alter(trainer)
-    reports = [trainer.step() for _ in range(steps)]
-    return [report.metrics for report in reports], weights(trainer)
-
-
-def assert_bit_identical(a: Any, b: Any) -> None:
-    assert a[0] == b[0]
-    assert a[1].keys() == b[1].keys()
-    assert all(same_bits(a[1][name], b[1][name]) for name in a[1])
 
 
 def recompute_layers(trainer: Trainer) -> None:
@@ -301,24 +262,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
         assert after == {**before, "steps_done": before["steps_done"] + 1}
 
 
-# ---- repeatability and state -----------------------------------------------------------------------------------------
-
-
-def test_a_b_a_in_one_process_gives_a_bit_for_bit() -> None:
-    a = trained([])
-    b = trained([{"seed": 5, "model": {"num_layers": 2}, "optimizer": {"lr": 1e-2}}])
-    assert a[0] != b[0]
-    assert_bit_identical(a, trained([]))
-
-
-def trained_on_ranks(rank: int, world: int) -> Any:
-    trainer = tiny_trainer(tiny_config(MTP, {"parallel": {"workers": world, "expert_parallel": world}}), PADDED)
-    return [trainer.step().metrics for _ in range(3)], saved(trainer)[0]
-
-
-def test_two_runs_of_one_seed_are_bit_identical() -> None:
-    for a, b in zip(run_distributed(trained_on_ranks, 2), run_distributed(trained_on_ranks, 2), strict=True):
-        assert_bit_identical(a, b)
+# ---- evaluation, idle experts, requests ------------------------------------------------------------------------------
 
 
 def test_evaluation_leaves_training_as_it_was() -> None:
@@ -334,58 +278,6 @@ def test_evaluation_leaves_training_as_it_was() -> None:
     assert evaluation.tokens == predicted
     assert evaluation.counts_ME is not None
     assert evaluation.counts_ME.sum(dim=1).tolist() == [2 * inputs, 2 * inputs, 2 * predicted]
-
-
-def replay(rank: int, world: int, parallel: dict[str, Any]) -> Any:
-    """Metrics of steps 3-5: undisturbed, after a rewind in place, and in another trainer that took the state over."""
-    config = tiny_config(MTP, {"parallel": {"workers": world, **parallel}})
-    trainer = tiny_trainer(config, PADDED)
-    held_out = share_of(global_batch(config, 90), config, rank)
-    for _ in range(2):
-        trainer.step()
-    tensors, scalars = saved(trainer)
-    outcomes = []
-
-    def go(subject: Trainer) -> None:
-        metrics: list[Any] = [subject.step().metrics for _ in range(3)]
-        metrics.append(subject.evaluate(held_out).loss_sum)
-        outcomes.append((metrics, saved(subject)[0]))
-
-    go(trainer)
-    load(trainer, tensors, scalars)
-    go(trainer)
-    another_seed = tiny_config(MTP, {"parallel": {"workers": world, **parallel}, "seed": 99})
-    other = Trainer(another_seed, trainer.ranks, trainer.batches)
-    other.step()
-    other.evaluate(held_out)
-    load(other, tensors, scalars)
-    go(other)
-    names = trainer.state().tensors.keys()
-    parameters = [name for name, _ in trainer.model.named_parameters()]
-    wanted = {f"model.{name}" for name in [*parameters, *(name for name, _ in trainer.model.named_buffers())]}
-    wanted |= {f"optimizer.{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in parameters}
-    return outcomes, wanted - names
-
-
-@pytest.mark.parametrize(
-    ("world", "parallel"),
-    [(1, {}), (2, {"expert_parallel": 2}), (2, {"expert_parallel": 2, "dense": "shard"})],
-    ids=["alone", "ep2", "ep2-sharded"],
-)
-def test_the_state_makes_the_next_steps_bit_identical(world: int, parallel: dict[str, Any]) -> None:
-    for outcomes, missing in run_distributed(replay, world, parallel):
-        assert not missing
-        undisturbed, rewound, taken_over = outcomes
-        assert_bit_identical(undisturbed, rewound)
-        assert_bit_identical(undisturbed, taken_over)
-
-
-def test_state_tensors_are_live() -> None:
-    trainer = tiny_trainer(tiny_config(MTP))
-    before = {name: tensor.clone() for name, tensor in trainer.state().tensors.items()}
-    held = trainer.state().tensors
-    trainer.step()
-    assert all(not torch.equal(held[name], before[name]) for name in before)
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -137,3 +137,42 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """``|a - b| / |b|`` in fp64."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, NaN included."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def saved(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A copy of what this rank holds of the state."""
+    state = trainer.state()
+    return {name: local(tensor).detach().clone() for name, tensor in state.tensors.items()}, dict(state.scalars)
+
+
+def load(trainer: Trainer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
+    live = trainer.state().tensors
+    assert live.keys() == tensors.keys()
+    with torch.no_grad():
+        for name, tensor in live.items():
+            local(tensor).copy_(tensors[name])
+    trainer.restore(scalars)
+
+
+def trained(changes: list[dict[str, Any]], alter: Callable[[Trainer], None] | None = None, steps: int = 3) -> Any:
+    """(losses, weights) of a few steps in this process."""
+    trainer = tiny_trainer(tiny_config(MTP, *changes), PADDED)
+    if alter:
+        alter(trainer)
+    reports = [trainer.step() for _ in range(steps)]
+    return [report.metrics for report in reports], weights(trainer)
+
+
+def assert_bit_identical(a: Any, b: Any) -> None:
+    assert a[0] == b[0]
+    assert a[1].keys() == b[1].keys()
+    assert all(same_bits(a[1][name], b[1][name]) for name in a[1])
