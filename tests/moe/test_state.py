@@ -3,10 +3,22 @@
 from typing import Any
 
 import pytest
+import torch
 
 from moe.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.moe.tiny import MTP, PADDED, assert_bit_identical, global_batch, load, saved, share_of, tiny_config, tiny_trainer, trained
+from tests.moe.tiny import (
+    MTP,
+    PADDED,
+    assert_bit_identical,
+    global_batch,
+    load,
+    saved,
+    share_of,
+    tiny_config,
+    tiny_trainer,
+    trained,
+)
 
 
 def test_a_b_a_in_one_process_gives_a_bit_for_bit() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,23 @@ from moe.layers.router import Router, Routing
 from moe.stability.technique import StepLoad, Technique
 from moe.trainer import Report, Request, Trainer
 from tests.distributed import run_distributed
-from tests.moe.tiny import LENGTH, VOCABULARY, global_batch, share_of, tiny_config, tiny_trainer, weights
+from tests.moe.tiny import (
+    LENGTH,
+    MTP,
+    PADDED,
+    VOCABULARY,
+    assert_bit_identical,
+    global_batch,
+    local,
+    same_bits,
+    saved,
+    share_of,
+    tiny_config,
+    tiny_trainer,
+    trained,
+    weights,
+)
 
-PADDED = (1,)
-MTP: dict[str, Any] = {"model": {"mtp": {"depth": 1}}}
 POISON = 47
 """A token of the vocabulary whose embedding some tests make NaN."""
 

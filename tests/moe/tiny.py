@@ -1,6 +1,6 @@
 """A model small enough for a test of a second, its batches, and full (not divided) views of what the ranks hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from moe.trainer import Trainer
 VOCABULARY = 48
 SEQUENCES = 8
 LENGTH = 16
+
+MTP: dict[str, Any] = {"model": {"mtp": {"depth": 1}}}
+PADDED = (1,)
+"""Steps of `trained` whose batch has padding."""
 
 _BASE: dict[str, Any] = {
     "model": {
@@ -145,6 +149,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor of the state."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -155,6 +160,7 @@ def saved(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def load(trainer: Trainer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
+    """Rewind in place to what ``saved`` gave."""
     live = trainer.state().tensors
     assert live.keys() == tensors.keys()
     with torch.no_grad():
@@ -164,7 +170,7 @@ def load(trainer: Trainer, tensors: dict[str, torch.Tensor], scalars: dict[str, 
 
 
 def trained(changes: list[dict[str, Any]], alter: Callable[[Trainer], None] | None = None, steps: int = 3) -> Any:
-    """(losses, weights) of a few steps in this process."""
+    """(figures of each step, weights after) of a few steps in this process."""
     trainer = tiny_trainer(tiny_config(MTP, *changes), PADDED)
     if alter:
         alter(trainer)
@@ -173,6 +179,7 @@ def trained(changes: list[dict[str, Any]], alter: Callable[[Trainer], None] | No
 
 
 def assert_bit_identical(a: Any, b: Any) -> None:
+    """Of two pairs of figures and tensors."""
     assert a[0] == b[0]
     assert a[1].keys() == b[1].keys()
     assert all(same_bits(a[1][name], b[1][name]) for name in a[1])
