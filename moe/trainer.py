@@ -117,7 +117,10 @@ class Trainer:
         return BatchCounts(max(1, tokens), max(1, ahead) * depth, self.config.data.global_batch_size)
 
     def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts) -> _StepSums:
-        """Gradients of this rank's share of the loss, accumulated over its micro-batches."""
+        """Gradients of this rank's share of the loss, accumulated over its micro-batches.
+
+        Every term is summed up as it enters the loss, its weight included (``train/mtp_loss``, ``train/balance_loss``).
+        """
         sums = _StepSums(RoutingStats(self.ranks.device))
         for index, batch in enumerate(micro_batches):
             sync_gradients(self.model, index == len(micro_batches) - 1)

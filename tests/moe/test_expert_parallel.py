@@ -233,7 +233,7 @@ def test_the_gradient_is_the_slope_of_the_reported_loss(part: str) -> None:
     unit = {name: g / norm for name, g in chosen.items()}
     # Steps as long as curvature allows: fp32 leaves an error of about 3e-7 in the loss.
     ahead, behind = (losses_near(0, 1, unit, shift)[0] for shift in (3e-3, -3e-3))
-    assert (ahead - behind) / 6e-3 == pytest.approx(norm, rel=1e-2)
+    assert (ahead - behind) / 6e-3 == pytest.approx(norm, rel=2e-2)
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
