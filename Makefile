@@ -53,10 +53,7 @@ check: install  ## ruff, mypy and the import contracts
 	@$(BIN)/lint-imports --no-logo
 
 ui: install  ## the MLflow UI of all runs, on this machine only
-	@echo "MLflow UI: http://127.0.0.1:$(UI_PORT) (Ctrl-C ends it)"
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server \
-	  --host 127.0.0.1 --port $(UI_PORT) --workers 1 \
-	  --backend-store-uri 'sqlite:///$(STEADYMOE_HOME)/mlflow.db' --artifacts-destination '$(STEADYMOE_HOME)/mlartifacts'
+	@STEADYMOE_HOME='$(STEADYMOE_HOME)' $(BIN)/python -m infra.tracking_server --port $(UI_PORT)
 
 clean:  ## remove caches and builds; runs, corpora and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

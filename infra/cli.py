@@ -1,13 +1,17 @@
 """The command ``steadymoe``: assembles the subcommands of all wings and nothing else."""
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_settings import CliSubCommand, CliToggleFlag
 
+from infra import commands as own_commands
+from infra.arguments import DownArguments, StatusArguments, SubmitArguments, UpArguments
 from pipelines import commands
-from pipelines.arguments import DeliverArguments, TrainArguments
+from pipelines.arguments import DeliverArguments, ExportArguments, PrepareArguments, TrainArguments
 from pipelines.command_line import EXIT_DONE, run_command
 from pipelines.errors import UserError
 
@@ -25,23 +29,56 @@ class Steadymoe(BaseModel):
 
     version: CliToggleFlag[bool] = False
     """Print the version and stop."""
+    prepare: CliSubCommand[PrepareArguments]
+    """Turn text into a folder of token shards to train on."""
     train: CliSubCommand[TrainArguments]
     """One training run."""
     deliver: CliSubCommand[DeliverArguments]
     """Send MLflow what it could not take while a run was on."""
+    export: CliSubCommand[ExportArguments]
+    """Write a run's model as a Hugging Face folder."""
+    up: CliSubCommand[UpArguments]
+    """Start a local Ray head and MLflow server."""
+    status: CliSubCommand[StatusArguments]
+    """What of them runs, and the jobs."""
+    down: CliSubCommand[DownArguments]
+    """Stop the jobs and end both."""
+    submit: CliSubCommand[SubmitArguments]
+    """Run a command as a Ray job."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 the user's input is wrong; a defect raises."""
-    return run_command(Steadymoe, _dispatch, argv, PROGRAM)
+    words, job = _split_job(sys.argv[1:] if argv is None else list(argv))
+    return run_command(Steadymoe, partial(_dispatch, job=job), words, PROGRAM)
 
 
-def _dispatch(arguments: Steadymoe) -> int:
+def _split_job(words: list[str]) -> tuple[list[str], list[str]]:
+    """What is for `submit` itself, and the command after the two dashes, which is parsed by its own class."""
+    if words[:1] != ["submit"] or "--" not in words:
+        return words, []
+    dashes = words.index("--")
+    return words[:dashes], words[dashes + 1 :]
+
+
+def _dispatch(arguments: Steadymoe, job: Sequence[str]) -> int:
     if arguments.version:
         print(f"{PROGRAM} {version(PROGRAM)}")
         return EXIT_DONE
+    if arguments.prepare is not None:
+        return commands.prepare(arguments.prepare)
     if arguments.train is not None:
         return commands.train(arguments.train)
     if arguments.deliver is not None:
         return commands.deliver(arguments.deliver)
+    if arguments.export is not None:
+        return commands.export(arguments.export)
+    if arguments.up is not None:
+        return own_commands.up(arguments.up)
+    if arguments.status is not None:
+        return own_commands.status()
+    if arguments.down is not None:
+        return own_commands.down()
+    if arguments.submit is not None:
+        return own_commands.submit(arguments.submit, job)
     raise UserError(f"no command given (see {PROGRAM} --help)")

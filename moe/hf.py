@@ -1,4 +1,4 @@
-"""Weights to and from the layout of Hugging Face's DeepseekV3 on disk, and its config.json.
+"""Weights to and from the layout of Hugging Face's DeepseekV3 on disk (its config.json: `moe.config.hf`).
 
 Every tensor here is one or more tensors there, laid end to end: a SwiGLU's ``gate_up`` is their gate_proj over their
 up_proj, and all experts of a layer are one tensor here and one file entry per expert there. So the whole mapping is a
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from moe.config.model import EXPERTS_PER_GROUP_SCORE, MlaConfig, ModelConfig
+from moe.config.hf import refuse_inexpressible
+from moe.config.model import MlaConfig, ModelConfig
+from moe.model import Transformer
+from moe.parallel import Ranks
 
-_LATENT_NORM_EPS = 1e-6  # fixed in DeepseekV3's code for the norms of the latents, whatever rms_norm_eps says
+_THEIRS = "the Hugging Face checkpoint"
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,15 @@ class _Entry:
         rows = tensor if self.experts is None else tensor.flatten(0, 1)
         return dict(zip(self.theirs, rows.chunk(len(self.theirs)), strict=True))
 
-    def join(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Their tensors -> ours, which has storage of its own."""
-        rows = torch.cat([state[name] for name in self.theirs])
-        return rows if self.experts is None else rows.unflatten(0, (self.experts, -1))
+    def join(self, state: Mapping[str, torch.Tensor], rows: slice = slice(None)) -> torch.Tensor:
+        """Their tensors -> these rows of ours, with storage of its own; of experts only theirs are looked up."""
+        if self.experts is None:
+            whole: torch.Tensor = torch.cat([state[name] for name in self.theirs])
+            return whole[rows]
+        each = len(self.theirs) // self.experts
+        start, stop, _ = rows.indices(self.experts)
+        joined = torch.cat([state[name] for name in self.theirs[start * each : stop * each]])
+        return joined.view(stop - start, -1, joined.shape[-1])
 
 
 def _one(ours: str, theirs: str) -> _Entry:
@@ -116,26 +124,6 @@ def _check_names(given: set[str], expected: set[str], what: str) -> None:
             raise ValueError(f"{what} {problem} tensors ({len(names)}): {first}{', ...' if len(names) > 3 else ''}")
 
 
-def refuse_inexpressible(config: ModelConfig) -> None:
-    """Refuse a model that ``DeepseekV3ForCausalLM`` would compute differently.
-
-    Raises:
-        ValueError: names every option that has no counterpart there, and the values that have one.
-    """
-    moe = config.moe
-    problems = []
-    if not isinstance(config.attention, MlaConfig):
-        problems.append(f"model.attention.kind={config.attention.kind} (only mla)")
-    if config.norm_eps != _LATENT_NORM_EPS:
-        problems.append(f"model.norm_eps={config.norm_eps} (only {_LATENT_NORM_EPS}, which it fixes for the latents)")
-    if moe.num_experts and moe.affinity != "sigmoid":
-        problems.append(f"model.moe.affinity={moe.affinity} (only sigmoid)")
-    if 0 < moe.num_experts < EXPERTS_PER_GROUP_SCORE:
-        problems.append(f"model.moe.num_experts={moe.num_experts} (only 0, or at least {EXPERTS_PER_GROUP_SCORE})")
-    if problems:
-        raise ValueError(f"Hugging Face's DeepseekV3 cannot express {'; '.join(problems)}")
-
-
 def to_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
     """The model's state dict -> the tensors of a DeepseekV3 checkpoint, one entry per expert.
 
@@ -162,59 +150,29 @@ def from_hf(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str,
         ValueError: the model cannot be expressed, or a tensor is missing or unknown.
     """
     entries = _entries(config)
-    absent = _absent_shared_experts(config)
-    kept = {name: tensor for name, tensor in state.items() if name not in absent}
-    _check_names(set(kept), {name for entry in entries for name in entry.theirs}, "the Hugging Face checkpoint")
-    return {entry.ours: entry.join(kept) for entry in entries}
+    _check_names(set(state) - set(_absent_shared_experts(config)), {n for e in entries for n in e.theirs}, _THEIRS)
+    return {entry.ours: entry.join(state) for entry in entries}
 
 
-def hf_config(config: ModelConfig) -> dict[str, object]:
-    """The content of config.json for ``transformers.DeepseekV3Config``; ``config.vocab_size`` must be set.
+def rows_from_hf(
+    state: Mapping[str, torch.Tensor], config: ModelConfig, rows: Mapping[str, slice]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``from_hf`` for a rank that holds a part: of each of our tensors in ``rows``, those rows (not none), one by one.
 
-    It says nothing about special tokens and the longest sequence, which belong to the tokenizer and the data.
+    ``state`` may read a tensor when it is looked up: experts that are not asked for are not.
+    """
+    for entry in _entries(config):
+        if entry.ours in rows:
+            yield entry.ours, entry.join(state, rows[entry.ours])
+
+
+def shapes_in_hf(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the model's DeepseekV3 checkpoint; takes no memory.
 
     Raises:
         ValueError: the model cannot be expressed, or has no vocabulary size.
     """
-    refuse_inexpressible(config)
-    if config.vocab_size is None:
-        raise ValueError("model.vocab_size must be set before the model is exported")
-    attention, moe = config.attention, config.moe
-    assert isinstance(attention, MlaConfig)
-    # Where every group is chosen, groups decide nothing; one group says the same and may be of any size there.
-    groups = (moe.num_groups, moe.top_groups) if moe.top_groups < moe.num_groups else (1, 1)
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_heads,
-        "q_lora_rank": attention.q_lora_rank,
-        "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.qk_nope_head_dim,
-        "qk_rope_head_dim": attention.qk_rope_head_dim,
-        "v_head_dim": attention.v_head_dim,
-        "attention_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_interleave": True,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "n_shared_experts": moe.num_shared_experts,
-        "moe_intermediate_size": moe.expert_size,
-        "first_k_dense_replace": moe.first_dense_layers if moe.num_experts else config.num_layers,
-        "n_group": groups[0],
-        "topk_group": groups[1],
-        "norm_topk_prob": moe.normalize_gates,
-        "routed_scaling_factor": moe.routed_scaling_factor,
-        "num_nextn_predict_layers": 0,
-        "initializer_range": config.init.std,
-        "tie_word_embeddings": False,
-        # Their defaults are ids of DeepSeek's tokenizer; whoever knows this model's tokenizer fills them in.
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    meta = torch.device("meta")
+    with meta:
+        model = Transformer(config, Ranks(meta))
+    return {name: tuple(tensor.shape) for name, tensor in to_hf(model.state_dict(), config).items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe.batch import Batch
 from moe.config.model import ModelConfig
-from moe.layers.attention import build_attention
+from moe.layers.attention import build_attention, within_documents
 from moe.layers.ffn import SwiGLU
 from moe.layers.linear import Linear
 from moe.layers.moe import MoeLayer
@@ -42,9 +42,11 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None) -> tuple[torch.Tensor, Routing | None]:
-        """[B, S, D] -> the same shape, and the routing if this layer has experts."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+    def forward(
+        self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None, mask_B1SS: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """[B, S, D] -> the same shape, and the routing if this layer has experts; without a mask, all causal."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), mask_B1SS)
         normed = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoeLayer):
             y_BSD, routing = self.ffn(normed, real_BS)
@@ -67,11 +69,15 @@ class MtpBlock(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
-        self, hidden_BSD: torch.Tensor, next_embedding_BSD: torch.Tensor, real_BS: torch.Tensor | None
+        self,
+        hidden_BSD: torch.Tensor,
+        next_embedding_BSD: torch.Tensor,
+        real_BS: torch.Tensor | None,
+        mask_B1SS: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing | None]:
         """Trunk state (before its final norm) and the next token's embedding -> normalised state, routing."""
         joined = torch.cat((self.hidden_norm(hidden_BSD), self.embed_norm(next_embedding_BSD)), dim=-1)
-        y_BSD, routing = self.block(self.project(joined), real_BS)
+        y_BSD, routing = self.block(self.project(joined), real_BS, mask_B1SS)
         return self.norm(y_BSD), routing
 
 
@@ -95,18 +101,21 @@ class Transformer(nn.Module):
         depth = self.config.mtp.depth if self.mtp is not None else 0
         length = batch.ids_BL.shape[1] - 1 - depth
         real = None if batch.real_BL is None else batch.real_BL[:, :length]
+        mask = None if batch.documents_BL is None else within_documents(batch.documents_BL[:, :length])
         embedded_BLD = self.embed(batch.ids_BL[:, : length + depth]).to(self.compute_dtype)
         x_BSD = embedded_BLD[:, :length]
         routings: list[Routing] = []
         for layer in self.layers:
-            x_BSD, routing = layer(x_BSD, real)
+            x_BSD, routing = layer(x_BSD, real, mask)
             if routing is not None:
                 routings.append(routing)
         mtp_logits = None
         if self.mtp is not None:
             # It reads the next token as well, so a position counts as real only if that is.
             real_ahead = None if batch.real_BL is None else batch.real_BL[:, :length] & batch.real_BL[:, 1 : length + 1]
-            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], real_ahead)
+            # A position keeps the document of its own token: with the next token's, the first document's last state
+            # would be a key for the second.
+            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], real_ahead, mask)
             mtp_logits = self.head(y_BSD)
             if routing is not None:
                 routings.append(routing)

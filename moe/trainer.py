@@ -90,7 +90,7 @@ class Trainer:
 
     def step(self) -> Report:
         """One optimizer step. Collective."""
-        micro_batches = [batch_to(batch, self.ranks.device) for batch in self.batches(self.steps_done)]
+        micro_batches = [batch.to(self.ranks.device) for batch in self.batches(self.steps_done)]
         counts = self._count(micro_batches)
         self.parameters.clear_gradients()
         self.ranks.wire.clear()
@@ -196,7 +196,7 @@ class Trainer:
         device = self.ranks.device
         routing = RoutingStats(device)
         loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-        for batch in (batch_to(b, device) for b in batches):
+        for batch in (b.to(device) for b in batches):
             output = self.model(batch)
             targets = counted_targets(batch, output.logits.shape[1], 1)
             loss_sum += cross_entropy_sum(output.logits, targets).double()
@@ -227,8 +227,3 @@ def _predicted(batch: Batch, length: int, shift: int) -> int:
     if batch.real_BL is None:
         return batch.ids_BL.shape[0] * length
     return int((counted_targets(batch, length, shift) != -100).sum())
-
-
-def batch_to(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``."""
-    return Batch(batch.ids_BL.to(device), None if batch.real_BL is None else batch.real_BL.to(device))

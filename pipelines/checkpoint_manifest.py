@@ -1,4 +1,4 @@
-"""The files of a checkpoint: its manifest, whether it is whole, which one is the newest. Imports no torch.
+"""The files of a checkpoint: its manifest, and whether it is whole. Imports no torch.
 
 A run's checkpoints lie side by side, ``step-00000100/`` and so on, the number being the steps done. Each holds
 safetensors files and ``manifest.json``, which says what they must contain. Files that no manifest names are ignored.
@@ -6,10 +6,8 @@ safetensors files and ``manifest.json``, which says what they must contain. File
 
 import hashlib
 import json
-import logging
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +17,6 @@ from pipelines.errors import UserError
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
-_log = logging.getLogger(__name__)
 
 # A name, never a path: a stranger's manifest must not point out of its folder.
 FileName = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]
@@ -76,6 +73,8 @@ class Manifest(_Record):
 
     format: Literal[1] = 1
     step: NonNegativeInt
+    timeline: NonNegativeInt = 0
+    """How often the run had gone back to an older checkpoint when this one was saved."""
     files: dict[FileName, FileRecord]
     tensors: dict[str, TensorRecord]
     scalars: dict[str, Any]
@@ -97,6 +96,11 @@ def rows(shape: tuple[int, ...]) -> int:
 def step_name(step: int) -> str:
     """Name of the folder of a checkpoint after ``step`` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Inverse of `step_name`, whatever state the checkpoint is in."""
+    return int(path.name.rpartition("-")[2])
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -158,50 +162,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` whose files are all there, whole and unchanged; None without one.
-
-    Found by looking: every byte of the candidates is read, newest first. What is skipped is logged with the reason.
-    """
-    for path in reversed(_checkpoints(folder)):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            _log.warning("skipping a checkpoint: %s", error)
-        else:
-            return path
-    return None
-
-
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Delete what is older than the newest ``keep`` checkpoints and return it. For one rank only.
-
-    A checkpoint counts if its manifest is good and its files have their sizes, so that damaged ones never push out
-    the last that can be resumed from.
-    """
-    removed = []
-    for path in reversed(_checkpoints(folder)):
-        if keep <= 0:
-            # First the manifest: a removal that is cut short must not leave what looks like a checkpoint.
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
-            removed.append(path)
-        elif _has_its_files(path):
-            keep -= 1
-    return removed
-
-
-def _has_its_files(path: Path) -> bool:
-    try:
-        verify(path, checksums=False)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """Folders in ``folder`` that are named like a checkpoint, by step."""
     if not folder.is_dir():
         return []
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps)]
+
+
+def whole_checkpoints(folder: Path) -> dict[str, Path]:
+    """Checkpoints in ``folder`` by name, oldest first. Cheap: that there is a manifest is all that is looked at."""
+    return {path.name: path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()}

@@ -17,7 +17,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -33,17 +33,27 @@ from pipelines.checkpoint_manifest import (
     Manifest,
     Piece,
     TensorRecord,
-    newest_valid,
-    prune,
     rows,
     sha256_of,
     step_name,
     verify,
     write_manifest,
 )
+from pipelines.checkpoint_standing import newest_valid, prune
 from pipelines.errors import UserError
 
-__all__ = ["CheckpointError", "Restored", "load", "newest_valid", "prune", "save", "verify"]
+__all__ = [
+    "CheckpointError",
+    "Held",
+    "Restored",
+    "held_by_rank",
+    "load",
+    "load_whole",
+    "newest_valid",
+    "prune",
+    "save",
+    "verify",
+]
 
 T = TypeVar("T")
 Rows = tuple[int, int]
@@ -54,15 +64,17 @@ class Restored(TypedDict):
     """What a checkpoint holds besides tensors."""
 
     step: int
+    timeline: int
     scalars: dict[str, Any]
     metadata: dict[str, Any]
 
 
-def save(folder: Path, state: TrainingState, *, step: int, metadata: Mapping[str, JSON]) -> Path:
+def save(folder: Path, state: TrainingState, *, step: int, metadata: Mapping[str, JSON], timeline: int = 0) -> Path:
     """Write ``folder/step-00000100`` (for step 100) and return its path. Collective.
 
     Each rank writes the rows that it holds; what several hold is written once, spread over them by size. A checkpoint
-    of the same step is replaced. ``metadata`` must be equal on every rank, like the scalars.
+    of the same step is replaced. ``metadata`` must be equal on every rank, like the scalars. ``timeline`` counts how
+    often the run went back to an older checkpoint.
 
     Raises, on every rank:
         CheckpointError: a file cannot be written. Nothing is left of the new checkpoint; older ones are as they were.
@@ -72,11 +84,12 @@ def save(folder: Path, state: TrainingState, *, step: int, metadata: Mapping[str
     staging = folder / f".{path.name}"
     try:
         _on_every_rank(lambda: _clear(folder, staging))
-        locals_ = _on_every_rank(lambda: {name: _local(state.tensors[name]) for name in sorted(state.tensors)})
+        locals_ = _on_every_rank(lambda: {name: held_by_rank(state.tensors[name]) for name in sorted(state.tensors)})
         writers = _plan(state, locals_, [step, dict(state.scalars), dict(metadata)])
         record = _on_every_rank(lambda: _write_own(staging, locals_, writers))
         records = _gather(record)
-        _on_every_rank(lambda: _commit(staging, path, state, step, metadata, writers, records))
+        manifest = _manifest(state, step, timeline, metadata, writers, records)
+        _on_every_rank(lambda: _commit(staging, path, manifest))
     except Exception:
         if _rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -102,10 +115,44 @@ def load(path: Path, state: TrainingState) -> Restored:
 
     manifest = _on_every_rank(read)
     _on_every_rank(lambda: _fill(path, manifest, state))
-    return {"step": manifest.step, "scalars": manifest.scalars, "metadata": manifest.metadata}
+    return {
+        "step": manifest.step,
+        "timeline": manifest.timeline,
+        "scalars": manifest.scalars,
+        "metadata": manifest.metadata,
+    }
 
 
-class _Local(NamedTuple):
+def load_whole(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of the checkpoint at ``path`` whose names begin with ``prefix``, whole, by the rest of their names.
+
+    For one process, whatever ranks saved it; a tensor that lies in one piece is mapped, not read.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete.
+    """
+    manifest = verify(path, checksums=False)
+    records = {name: record for name, record in manifest.tensors.items() if name.startswith(prefix)}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in records}
+    with ExitStack() as opened:
+        files: dict[str, Any] = {}
+        for name, record in records.items():
+            for piece in record.pieces:
+                with _naming(path / piece.file):
+                    if piece.file not in files:
+                        files[piece.file] = opened.enter_context(safe_open(path / piece.file, framework="pt"))
+                    found[name].append(files[piece.file].get_tensor(name))
+    return {name.removeprefix(prefix): _joined(path, name, records[name], pieces) for name, pieces in found.items()}
+
+
+def _joined(path: Path, name: str, record: TensorRecord, pieces: list[torch.Tensor]) -> torch.Tensor:
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if tuple(whole.shape) != record.shape or _dtype(whole) != record.dtype:
+        raise CheckpointError(f"{path} holds another {name} than its manifest says")
+    return whole
+
+
+class Held(NamedTuple):
     """The part of a tensor that this rank holds: rows [start, stop)."""
 
     tensor: torch.Tensor
@@ -116,9 +163,10 @@ Writers = dict[str, list[tuple[Rows, int]]]
 """Of each tensor, in order of rows, which rank writes which."""
 
 
-def _local(tensor: torch.Tensor) -> _Local:
+def held_by_rank(tensor: torch.Tensor) -> Held:
+    """What this rank holds of a tensor of the state, sharing its storage. TypeError if it is not sharded by rows."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return _Local(tensor.detach(), (0, rows(tensor.shape)))
+        return Held(tensor.detach(), (0, rows(tensor.shape)))
     from torch.distributed.tensor import DTensor, Replicate, Shard  # 0.6 s that a single process need not spend
 
     if not isinstance(tensor, DTensor):
@@ -129,10 +177,10 @@ def _local(tensor: torch.Tensor) -> _Local:
         local = tensor.to_local().detach()
     (chunk,) = tensor.__create_chunk_list__()  # torch's protocol for checkpoints; knows about uneven shards
     start = chunk.offsets[0] if chunk.offsets else 0
-    return _Local(local, (start, start + rows(local.shape)))
+    return Held(local, (start, start + rows(local.shape)))
 
 
-def _plan(state: TrainingState, locals_: dict[str, _Local], common: list[Any]) -> Writers:
+def _plan(state: TrainingState, locals_: dict[str, Held], common: list[Any]) -> Writers:
     """Who writes what: the same answer on every rank, which is also where unlike ranks are found out."""
     names = list(locals_)
     common = [*common, [(name, _dtype(state.tensors[name]), list(state.tensors[name].shape)) for name in names]]
@@ -180,7 +228,7 @@ def _file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def _write_own(staging: Path, locals_: dict[str, _Local], writers: Writers) -> FileRecord | None:
+def _write_own(staging: Path, locals_: dict[str, Held], writers: Writers) -> FileRecord | None:
     mine = {
         name: locals_[name].tensor.contiguous()
         for name, pieces in writers.items()
@@ -195,18 +243,14 @@ def _write_own(staging: Path, locals_: dict[str, _Local], writers: Writers) -> F
     return FileRecord(size=path.stat().st_size, sha256=sha256_of(path))
 
 
-def _commit(
-    staging: Path,
-    path: Path,
+def _manifest(
     state: TrainingState,
     step: int,
+    timeline: int,
     metadata: Mapping[str, JSON],
     writers: Writers,
     records: list[FileRecord | None],
-) -> None:
-    """Write the manifest and give the folder its name, on rank 0."""
-    if _rank() != 0:
-        return
+) -> Manifest:
     tensors = {
         name: TensorRecord(
             dtype=_dtype(state.tensors[name]),
@@ -215,8 +259,20 @@ def _commit(
         )
         for name, pieces in writers.items()
     }
-    files = {_file_name(rank): record for rank, record in enumerate(records) if record is not None}
-    manifest = Manifest(step=step, files=files, tensors=tensors, scalars=dict(state.scalars), metadata=dict(metadata))
+    return Manifest(
+        step=step,
+        timeline=timeline,
+        files={_file_name(rank): record for rank, record in enumerate(records) if record is not None},
+        tensors=tensors,
+        scalars=dict(state.scalars),
+        metadata=dict(metadata),
+    )
+
+
+def _commit(staging: Path, path: Path, manifest: Manifest) -> None:
+    """Write the manifest and give the folder its name, on rank 0."""
+    if _rank() != 0:
+        return
     write_manifest(staging, manifest)
     _sync(staging)
     replaced = path.with_name(f".{path.name}.replaced")
@@ -248,9 +304,9 @@ def _first_few(names: list[str], most: int = 3) -> str:
 
 
 def _fill(path: Path, manifest: Manifest, state: TrainingState) -> None:
-    wanted: dict[str, list[tuple[str, Piece, _Local]]] = {}
+    wanted: dict[str, list[tuple[str, Piece, Held]]] = {}
     for name, tensor in state.tensors.items():
-        local = _local(tensor)
+        local = held_by_rank(tensor)
         for piece in manifest.tensors[name].pieces:
             if piece.start < local.rows[1] and local.rows[0] < piece.stop:
                 wanted.setdefault(piece.file, []).append((name, piece, local))
@@ -263,7 +319,7 @@ def _fill(path: Path, manifest: Manifest, state: TrainingState) -> None:
                 target.copy_(source)
 
 
-def _common_rows(stored: Any, name: str, piece: Piece, local: _Local) -> tuple[torch.Tensor, torch.Tensor]:
+def _common_rows(stored: Any, name: str, piece: Piece, local: Held) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the rows that are both in ``local`` and in ``piece``, where they go and what they hold."""
     if local.rows == (piece.start, piece.stop):
         return local.tensor, stored.get_tensor(name)  # a tensor of no dimension always comes here

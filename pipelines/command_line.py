@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, PydanticBaseSettingsSource
 
 from pipelines.errors import UserError
 
 EXIT_DONE = 0
+EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
 EXIT_ENDED_BY_POLICY = 3
 EXIT_INTERRUPTED = 130
@@ -26,7 +28,22 @@ EXIT_INTERRUPTED = 130
 Arguments = TypeVar("Arguments", bound=BaseModel)
 
 # The library would show the type: --set list[str].
-_METAVARS = {"--set": "KEY=VALUE", "--resume": "RUN"}
+_METAVARS = {
+    "--set": "KEY=VALUE",
+    "--resume": "RUN",
+    "--init-from": "DIR",
+    "--to": "DIR",
+    "--step": "N",
+    "--out": "DIR",
+    "--field": "NAME",
+    "--separator": "TEXT",
+    "--tokenizer": "FILE",
+    "--document-token": "TOKEN",
+    "--train-tokenizer": "VOCAB_SIZE",
+    "--tasks": "N",
+    "--watch": "JOB",
+    "--address": "URL",
+}
 # And (default: []), (default: None), (default: ['tiny']).
 _EMPTY_DEFAULT = re.compile(r" \(default: (\[\]|None|null)\)$")
 _LIST_DEFAULT = re.compile(r"\(default: \['(.*)'\]\)$")
@@ -49,6 +66,9 @@ def run_command(
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def parse(model: type[Arguments], argv: Sequence[str], program: str) -> Arguments:
@@ -74,7 +94,18 @@ def parse(model: type[Arguments], argv: Sequence[str], program: str) -> Argument
         cli_avoid_json=True,
         cli_hide_none_type=True,
     )
-    return CliApp.run(settings, cli_args=list(argv), cli_settings_source=source)
+    try:
+        return CliApp.run(settings, cli_args=list(argv), cli_settings_source=source)
+    except ValidationError as error:
+        raise UserError("\n".join(_problem(found) for found in error.errors(include_url=False))) from None
+
+
+def _problem(found: ErrorDetails) -> str:
+    """What is wrong with the value of one option; a subcommand's name stands before the option's."""
+    option = f"--{str(found['loc'][-1]).replace('_', '-')}"
+    if found["type"] == "missing":
+        return f"{option} is required"
+    return f"{option} {found['input']}: {found['msg'].replace('Input should', 'should', 1)}"
 
 
 class _Settings(BaseSettings):

@@ -1,6 +1,8 @@
 """This wing's commands up to the point where torch, ray and mlflow are needed (their import alone takes seconds)."""
 
-from pipelines.arguments import DeliverArguments, TrainArguments
+from pathlib import Path
+
+from pipelines.arguments import DeliverArguments, ExportArguments, PrepareArguments, TrainArguments
 from pipelines.command_line import EXIT_DONE
 from pipelines.errors import UserError
 from pipelines.loading import dump_config
@@ -35,4 +37,28 @@ def deliver(arguments: DeliverArguments) -> int:
     if left := deliver_run(folder):
         raise UserError(left)
     print(f"MLflow has everything that run {folder.info.name} recorded.")
+    return EXIT_DONE
+
+
+def prepare(arguments: PrepareArguments) -> int:
+    """Prepare a folder of token shards; returns the exit code.
+
+    Raises:
+        UserError: input, tokenizer or folder do not allow it.
+    """
+    from pipelines.prepared import run
+
+    return run(arguments)
+
+
+def export(arguments: ExportArguments) -> int:
+    """Write a run's model as a Hugging Face folder; returns the exit code.
+
+    Raises:
+        UserError: no such run or checkpoint, a model without counterpart there, or a folder that cannot be written.
+    """
+    from pipelines.export import export as export_run
+    from pipelines.run_folder import find_run
+
+    print(export_run(find_run(arguments.run), Path(arguments.to).expanduser(), arguments.step, arguments.dtype))
     return EXIT_DONE

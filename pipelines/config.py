@@ -1,8 +1,9 @@
 """RunConfig: the whole config tree of a training run. Imports pydantic and nothing heavier."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from moe.config.base import Config
 from moe.config.trainer import BatchConfig, TrainerConfig
@@ -16,25 +17,80 @@ class StdlibCorpusConfig(Config):
     """Whether the library's own test suite (more than half of the bytes where it is installed) belongs to it."""
 
 
+FileFormat = Literal["auto", "text", "jsonl", "parquet"]
+
+
 class FilesCorpusConfig(Config):
-    """Text files; each file is a document."""
+    """Text files (each is a document), JSON lines (each line is one) and Parquet (each row is one).
+
+    A text file over 1 MiB is divided at line ends into at least some 256 documents, none of them much over 1 MiB.
+    Text and JSON lines may be compressed (.gz, .bz2, .xz, .zst).
+    """
 
     kind: Literal["files"] = "files"
     paths: list[str] = Field(min_length=1)
-    """Files, folders (searched through) or glob patterns."""
+    """Files, folders (searched through) or glob patterns; relative ones start at the working directory."""
+    format: FileFormat = "auto"
+    """What the files hold; ``auto`` goes by their names (.jsonl, .ndjson, .json with a record in its first line,
+    .parquet, .pq; all others are text)."""
+    field: str = "text"
+    """The field of a JSON line, or the column of a Parquet file, that holds the document."""
+    separator: str | None = Field(default=None, min_length=1)
+    """Text files hold many documents, divided by this text, for example ``<|endoftext|>`` or two line ends."""
+
+    @model_validator(mode="after")
+    def _every_option_has_something_to_act_on(self) -> Self:
+        if self.separator is not None and self.format in ("jsonl", "parquet"):
+            raise ValueError(f"separator divides text files, so it does not go with format: {self.format}")
+        if self.field != "text" and self.format == "text":
+            raise ValueError("field names a place in JSON lines or Parquet, so it does not go with format: text")
+        return self
 
 
-CorpusConfig = Annotated[StdlibCorpusConfig | FilesCorpusConfig, Field(discriminator="kind")]
+class PreparedCorpusConfig(Config):
+    """A folder that ``steadymoe prepare`` wrote; it has its own tokenizer."""
+
+    kind: Literal["prepared"] = "prepared"
+    path: str
+    """The folder; a relative one starts at the working directory (of a submitted job: its copy of the project)."""
+    verify: bool = True
+    """Whether a run first checks every file's checksum (about 1 s per GB); sizes are checked in any case."""
+
+
+SourceConfig = Annotated[StdlibCorpusConfig | FilesCorpusConfig, Field(discriminator="kind")]
+CorpusConfig = Annotated[StdlibCorpusConfig | FilesCorpusConfig | PreparedCorpusConfig, Field(discriminator="kind")]
 
 
 class DataConfig(BatchConfig):
     """What text is read, how it becomes tokens, and how much of it at a time."""
 
     corpus: CorpusConfig = StdlibCorpusConfig()
-    tokenizer: str = "byte"
-    """``byte``, or the path of a Hugging Face ``tokenizers`` JSON file."""
+    tokenizer: str | None = "byte"
+    """``byte``, or the path of a Hugging Face ``tokenizers`` JSON file; null (a prepared corpus's own) is the default
+    for a prepared corpus, and only there."""
     document_token: str | None = None
     """The tokenizer's token that separates documents; null finds the usual ones (byte has its own)."""
+    intra_document_masking: bool = False
+    """Tokens attend within their own document only (arXiv 2402.13991), the token that ends it included. The loss counts
+    the same tokens either way, so that runs compare and the first token of a document, which follows from nothing, is
+    still learnt: generation begins with it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepared_corpus_has_its_tokenizer(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "tokenizer" in values:
+            return values
+        corpus = values.get("corpus")
+        kind = corpus.get("kind") if isinstance(corpus, dict) else getattr(corpus, "kind", None)
+        return {**values, "tokenizer": None} if kind == "prepared" else values
+
+    @model_validator(mode="after")
+    def _text_needs_a_tokenizer(self) -> Self:
+        if self.tokenizer is None and self.corpus.kind != "prepared":
+            raise ValueError(
+                "tokenizer: should be byte or the path of a tokenizers JSON file, for this text is not prepared"
+            )
+        return self
 
 
 class ValidationConfig(Config):
@@ -52,7 +108,16 @@ class CheckpointConfig(Config):
     every_steps: NonNegativeInt = 200
     """Optimizer steps between checkpoints; 0 saves only at the end."""
     keep: PositiveInt = 3
-    """The newest so many are kept."""
+    """The newest so many are kept, and the newest good one with them."""
+    confirm_steps: PositiveInt = 50
+    """A checkpoint is good after so many further steps without an event: a spike may be in it already."""
+
+
+class RecoveryConfig(Config):
+    """What follows the death of a worker."""
+
+    max_restarts: NonNegativeInt = 10
+    """The workers start again from the newest checkpoint at most so often in one command."""
 
 
 class TrackingConfig(Config):
@@ -60,13 +125,24 @@ class TrackingConfig(Config):
 
     uri: str | None = None
     """MLflow tracking URI; null takes MLFLOW_TRACKING_URI or else the SQLite database under STEADYMOE_HOME."""
-    experiment: str = "steadymoe"
-    run_name: str | None = None
+    experiment: str = Field(default="steadymoe", min_length=1)
+    run_name: Annotated[str, Field(min_length=1)] | None = None
     """Name of the run; null makes one from the preset's name."""
     every_steps: PositiveInt = 1
     """Optimizer steps between recorded points."""
     per_layer: bool = False
     """Record routing detail of every layer as well."""
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
+        # The config is recorded, in files and in MLflow.
+        if uri is not None and re.search(r"//[^@/]*:[^@/]*@", uri):
+            raise ValueError(
+                "holds a password, and the config is recorded; leave it out here, and give the whole URI in the "
+                "environment as MLFLOW_TRACKING_URI (or the password as MLFLOW_TRACKING_PASSWORD)"
+            )
+        return uri
 
 
 class RunConfig(TrainerConfig):
@@ -75,6 +151,7 @@ class RunConfig(TrainerConfig):
     data: DataConfig = DataConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

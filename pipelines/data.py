@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from moe.batch import Batch
 from moe.config.trainer import BatchConfig
-from pipelines.config import RunConfig
+from pipelines.config import DataConfig, RunConfig
 from pipelines.errors import UserError
 from pipelines.order import SampleOrder
-from pipelines.shards import DocumentSpan, TokenStream
+from pipelines.shards import DocumentSpan, Shards, TokenStream
 
 # Room kept behind the last sample whether it is read or not, so that switching multi-token prediction on changes
 # neither the number of samples nor their order.
@@ -70,6 +70,12 @@ class TokenDataset:
         return sample * self.sequence_length
 
 
+def refuse_short_text(config: RunConfig, shards: Shards) -> None:
+    """Find out before anything is started whether both splits hold a sample. UserError if one does not."""
+    for stream in (shards.train, shards.validation):
+        TokenDataset(stream, config.data.sequence_length, config.model.mtp.depth)
+
+
 def position_of(step: int, data: BatchConfig) -> int:
     """Where the samples of optimizer step ``step`` (from 0) begin in the order: a pure function of the schedule."""
     return step * data.global_batch_size
@@ -104,7 +110,7 @@ class TrainBatches:
     def __call__(self, step: int) -> list[Batch]:
         """This rank's micro-batches, ids [micro_batch_size, L]."""
         ids_BL = self._dataset.read(self.sample_ids(step)[self._share])
-        return [Batch(ids) for ids in ids_BL.split(self._micro)]
+        return [_batch(ids, None, self._data, self._dataset) for ids in ids_BL.split(self._micro)]
 
 
 class ValidationBatches:
@@ -117,6 +123,7 @@ class ValidationBatches:
 
     def __init__(self, dataset: TokenDataset, config: RunConfig, rank: int, world: int) -> None:
         self._dataset = dataset
+        self._data = config.data
         self._rows = _micro_batch_size(config.data, world)
         self._rank, self._world = rank, world
         most = config.validation.max_tokens // dataset.sequence_length
@@ -136,13 +143,27 @@ class ValidationBatches:
             first = (number * self._world + self._rank) * self._rows
             ids_BL = self._dataset.read(self.windows[first : first + self._rows])
             if len(ids_BL) == self._rows:
-                yield Batch(ids_BL)
+                yield _batch(ids_BL, None, self._data, self._dataset)
                 continue
             padded_BL = torch.full((self._rows, self._dataset.length), self._dataset.stream.document_id)
             padded_BL[: len(ids_BL)] = ids_BL
             real_BL = torch.zeros(padded_BL.shape, dtype=torch.bool)
             real_BL[: len(ids_BL)] = True
-            yield Batch(padded_BL, real_BL)
+            yield _batch(padded_BL, real_BL, self._data, self._dataset)
+
+
+def documents_in(ids_BL: torch.Tensor, document_id: int) -> torch.Tensor:
+    """Which document each token belongs to, counted from 0 in each row, int64 [B, L].
+
+    The token that ends a document is its last; no text contains it.
+    """
+    ends_BL = (ids_BL == document_id).long()
+    return ends_BL.cumsum(dim=1) - ends_BL
+
+
+def _batch(ids_BL: torch.Tensor, real_BL: torch.Tensor | None, data: DataConfig, dataset: TokenDataset) -> Batch:
+    documents_BL = documents_in(ids_BL, dataset.stream.document_id) if data.intra_document_masking else None
+    return Batch(ids_BL, real_BL, documents_BL)
 
 
 def spread(available: int, most: int) -> list[int]:

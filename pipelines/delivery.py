@@ -10,9 +10,15 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from pipelines.config import TrackingConfig
+from pipelines.ending import end_if_orphaned
+from pipelines.errors import first_line
+from pipelines.registration import CheckpointRegistry
 from pipelines.run_folder import RunFolder, read_json, write_json
+from pipelines.run_lock import run_lock
 from pipelines.spool import Record, SpoolReader
-from pipelines.tracking_store import first_line, open_store, shown
+from pipelines.tracking_store import open_store, tracking_uri
+from pipelines.views import publish_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,9 +46,10 @@ class Delivery:
         self._delivered_offset = int(state.get("offset", 0))
         self._reader = SpoolReader(folder.spool, self._delivered_offset)
         self._pending: deque[Record] = deque()
+        self._registry = CheckpointRegistry(client, folder)
 
     def send(self) -> None:
-        """Deliver all that there is by now: metrics, then the ending if the run has ended.
+        """Deliver all that there is by now: metrics, then the ending if the run has ended, then its checkpoints.
 
         Raises:
             MlflowException, SQLAlchemyError, OSError: something did not arrive; the next call goes on from there.
@@ -52,10 +59,16 @@ class Delivery:
             self._send_batch()
         if self.ending_left:
             self._send_ending()
+        # Last: what a server may refuse that is older than logged models must not hold up the rest.
+        self._registry.send()
 
     def left(self) -> int:
         """Points of metrics that have not been delivered."""
         return sum(len(record.metrics) for record in SpoolReader(self._folder.spool, self._delivered_offset).read())
+
+    def checkpoints_left(self) -> int:
+        """Checkpoints that are to be registered, or deleted."""
+        return self._registry.left()
 
     @property
     def ending_left(self) -> bool:
@@ -106,6 +119,7 @@ class Drainer:
     """The thread that delivers while a run lasts. Whatever becomes of the server, training does not notice."""
 
     def __init__(self, client: "MlflowClient", folder: RunFolder, interval_s: float = INTERVAL_S) -> None:
+        self._client = client
         self._delivery = Delivery(client, folder)
         self._folder = folder
         self._interval_s = interval_s
@@ -131,8 +145,10 @@ class Drainer:
         points = self._delivery.left()
         left = [f"{points:,} points"] if points else []
         left += ["the ending"] if self._delivery.ending_left else []
+        checkpoints = self._delivery.checkpoints_left()
+        left += [f"{checkpoints} checkpoint{'s' if checkpoints > 1 else ''}"] if checkpoints else []
         why = f" ({first_line(self._error)})" if self._error else ""
-        where = f"MLflow at {shown(info.tracking_uri)}"
+        where = f"MLflow at {info.tracking_uri}"
         return (
             f"{' and '.join(left)} of run {info.name} could not be delivered to {where}{why}; "
             f"they are kept in {self._folder.path}, and `steadymoe deliver {info.name}` sends them"
@@ -142,6 +158,7 @@ class Drainer:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
+        publish_views(self._client, self._folder.info.experiment_id)
         failures = 0
         while True:
             # Asked before sending: what was written before `finish` was called is then sent for certain.
@@ -164,9 +181,13 @@ class Drainer:
 def deliver(folder: RunFolder, timeout_s: float = 600.0) -> str | None:
     """Send what MLflow did not get when the run ended; what to tell the user if some of it is still left.
 
+    A run whose driver vanished is ended first.
+
     Raises:
-        UserError: the store of the run cannot be opened.
+        UserError: the store of the run cannot be opened, or the run is still on.
     """
-    drainer = Drainer(open_store(folder.info.tracking_uri).client, folder)
-    drainer.start()
-    return drainer.finish(timeout_s)
+    with run_lock(folder):
+        end_if_orphaned(folder)
+        drainer = Drainer(open_store(tracking_uri(TrackingConfig(), folder.info)).client, folder)
+        drainer.start()
+        return drainer.finish(timeout_s)

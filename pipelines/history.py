@@ -35,7 +35,7 @@ class History:
     last_step: int = 0
     """The last optimizer step that was recorded, 0 before the first."""
     diverged: bool = False
-    """Whether a loss was NaN or infinite when it was last measured."""
+    """Whether a loss or the gradient's norm was NaN or infinite when it was last measured."""
     _lost: set[str] = field(default_factory=set)
 
     @classmethod
@@ -59,7 +59,7 @@ class History:
                 self.first_non_finite.setdefault(name, record.step)
             self._lost -= record.metrics.keys()
             self._lost |= set(record.non_finite)
-        self.diverged = not self._lost.isdisjoint(("train/loss", "val/loss"))
+        self.diverged = not self._lost.isdisjoint(("train/loss", "train/grad_norm", "val/loss"))
 
     def last(self, name: str) -> float | None:
         """The last finite value of a metric, None if there is none."""

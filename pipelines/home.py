@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from pipelines.errors import UserError
+
 HOME_VARIABLE = "STEADYMOE_HOME"
 
 
@@ -16,6 +18,16 @@ def home() -> Path:
         return Path(chosen).expanduser().absolute()
     root = Path(__file__).parents[1]
     return root if (root / "pyproject.toml").exists() else Path.home() / ".steadymoe"
+
+
+def refuse_unwritable_home() -> None:
+    """Make the folder if it is missing. UserError if there can be none, or nothing can be written to it."""
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{HOME_VARIABLE}: {home()} cannot be made: {error.strerror}; name another folder") from error
+    if not os.access(home(), os.W_OK | os.X_OK):
+        raise UserError(f"{HOME_VARIABLE}: {home()} cannot be written to; name another folder")
 
 
 def corpora_dir() -> Path:

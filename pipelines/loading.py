@@ -10,8 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from moe.config.hf import NOT_IN_WEIGHTS
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
+from pipelines.given_model import given_model
 from pipelines.problems import explain, nearest
 from pipelines.schema import KIND, by_kind, default_kind, section_classes
 from pipelines.yaml_text import Document, dump, parse_document, parse_value
@@ -19,25 +21,31 @@ from pipelines.yaml_text import Path as KeyPath
 
 PRESETS = Path(__file__).parent / "presets"
 FILE_SUFFIX = ".yaml"
+MODEL = "model"
 
 Tree = dict[str, Any]
 
 
-def load_config(layers: Sequence[str], settings: Sequence[str] = ()) -> RunConfig:
+def load_config(layers: Sequence[str], settings: Sequence[str] = (), weights: Path | None = None) -> RunConfig:
     """Build the config of a run.
 
     Args:
         layers: names of presets, or paths of files that end in ``.yaml``; a later one wins over an earlier one.
         settings: ``key=value`` each, as ``--set`` takes them; together they are the last layer.
+        weights: folder of weights to start from, which decides the model's shape: `pipelines.given_model`.
 
     Raises:
-        UserError: an unknown preset, an unreadable file, or a config that does not hold; one line a problem.
+        UserError: an unknown preset, an unreadable file, wrong weights, or a config that does not hold; one line
+            a problem.
     """
     tree: Tree = {}
+    wishes: Tree = {}
     origins: dict[KeyPath, str] = {}
     for layer in layers:
         name, document = _read(layer)
         _stack(tree, document.tree)
+        if layer.endswith(FILE_SUFFIX):
+            _overlay(wishes, document.tree)
         origins |= {path: f"{name}, line {line}" for path, line in document.lines.items()}
     chosen: Tree = {}
     for setting in settings:
@@ -46,10 +54,25 @@ def load_config(layers: Sequence[str], settings: Sequence[str] = ()) -> RunConfi
         above = (path[:depth] for depth in range(1, len(path)))
         origins |= dict.fromkeys((*above, *_paths(value, path)), "--set")
     _stack(tree, chosen)
+    if weights is not None:
+        _overlay(wishes, chosen)
+        _take_model(tree, wishes, weights, origins)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error, RunConfig, origins)) from None
+
+
+def _take_model(tree: Tree, wishes: Tree, weights: Path, origins: dict[KeyPath, str]) -> None:
+    """Put the model of ``weights`` into ``tree``, in place of what presets say of it."""
+    model, wished = tree.get(MODEL, {}), wishes.get(MODEL, {})
+    if not isinstance(model, dict) or not isinstance(wished, dict):
+        return  # validation complains
+    open_to = {*NOT_IN_WEIGHTS, *(key for key in ("vocab_size",) if wished.get(key) is None)}
+    shape = {key: value for key, value in wished.items() if key not in open_to}
+    given = given_model(weights, shape, origins)
+    _overlay(given, shape)  # they agree, so this adds but what validation is to refuse
+    tree[MODEL] = given | {key: model[key] for key in NOT_IN_WEIGHTS if key in model}
 
 
 def dump_config(config: BaseModel) -> str:

@@ -6,37 +6,23 @@ rank 0 alone records.
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch.distributed as dist
 
 from moe.counting import count_parameters
 from moe.parallel import Ranks
 from moe.routing_stats import max_violation
 from moe.state import JSON
 from moe.trainer import Report, Trainer
-from pipelines import checkpoints
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
+from pipelines.hf_weights import load_weights
 from pipelines.history import WindowMaximum
+from pipelines.keeper import CheckpointKeeper
+from pipelines.notes import Note, add_note
+from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.shards import Shards
 from pipelines.spool import START, TRAIN, VALIDATION, SpoolReader, SpoolWriter
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run's loop ended; the same on every rank."""
-
-    outcome: Literal["finished", "stopped", "diverged"]
-    step: int
-    reason: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Inverse of ``Ending(**content)``."""
-        return asdict(self)
 
 
 class _Recorder:
@@ -96,65 +82,62 @@ def validate(trainer: Trainer, batches: ValidationBatches) -> dict[str, float]:
     return metrics
 
 
-def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder) -> Ending:
+def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None = None) -> Ending:
     """Train from the newest valid checkpoint in ``folder``, or from the start, to ``schedule.steps``. Collective.
 
-    ``config.model.vocab_size`` must be set.
+    The start is the weights in ``init_from``, or random ones. ``config.model.vocab_size`` must be set.
     """
     lookahead = config.model.mtp.depth
     length = config.data.sequence_length
     training = TrainBatches(TokenDataset(shards.train, length, lookahead), config, ranks.rank, ranks.world)
     held_out = ValidationBatches(TokenDataset(shards.validation, length, lookahead), config, ranks.rank, ranks.world)
     trainer = Trainer(config, ranks, training)
-    _resume(trainer, folder)
+    keeper = CheckpointKeeper(trainer, folder, config.checkpoint, _metadata(config, shards))
+    if not keeper.resume() and init_from is not None:
+        load_weights(trainer.state(), config.model, init_from)
+    if ranks.rank == 0 and folder.spool.exists():
+        add_note(folder.notes, Note("resume", f"training goes on after step {trainer.steps_done}"))
     recorder = _Recorder(config, folder, ranks.rank, trainer.steps_done)
     recorder.model()
     try:
-        return _steps(trainer, held_out, recorder, folder, shards)
+        return _steps(trainer, held_out, recorder, keeper, folder)
     finally:
         recorder.close()
 
 
-def _resume(trainer: Trainer, folder: RunFolder) -> None:
-    """Take up the newest valid checkpoint, if there is one. Rank 0 looks, so that all ranks take the same."""
-    found: list[Path | None] = [checkpoints.newest_valid(folder.checkpoints) if trainer.ranks.rank == 0 else None]
-    if trainer.ranks.world > 1:
-        dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        restored = checkpoints.load(found[0], trainer.state())
-        trainer.restore(restored["scalars"])
+def _metadata(config: RunConfig, shards: Shards) -> dict[str, JSON]:
+    """What a checkpoint says of how it was made."""
+    return {
+        "corpus_digest": shards.manifest.corpus_digest,
+        "tokenizer_sha256": shards.manifest.tokenizer.sha256,
+        "threads": config.parallel.threads,
+    }
 
 
 def _steps(
-    trainer: Trainer, held_out: ValidationBatches, recorder: _Recorder, folder: RunFolder, shards: Shards
+    trainer: Trainer, held_out: ValidationBatches, recorder: _Recorder, keeper: CheckpointKeeper, folder: RunFolder
 ) -> Ending:
     config: RunConfig = recorder.config
     steps, every = config.schedule.steps, config.checkpoint.every_steps
-    saved_at = trainer.steps_done
     clock = time.perf_counter()
     while trainer.steps_done < steps:
+        # Looked for by one rank and carried to all by the step's own exchange: they stop at the same boundary.
+        if trainer.ranks.rank == 0 and folder.stop.exists():
+            trainer.request("stop")
         report = trainer.step()
         recorder.step(report, time.perf_counter() - clock)
         if not report.taken:
+            keeper.event(f"non-finite at step {report.step}")
             return Ending("diverged", report.step, f"loss or gradient was not finite at step {report.step}")
+        keeper.step_taken()
         stop = "stop" in report.requests
         if report.step % config.validation.every_steps == 0 or report.step == steps:
             recorder.validation(report.step, validate(trainer, held_out))
-        if report.step == steps or stop or "save" in report.requests or (every and report.step % every == 0):
-            _save(trainer, folder, shards, config.checkpoint.keep)
-            saved_at = report.step
+        if report.step == steps or stop:
+            keeper.save(required=True)
+        elif "save" in report.requests or (every and report.step % every == 0):
+            keeper.save(required=False)
         if stop and report.step < steps:
-            return Ending("stopped", saved_at, "asked to stop")
+            return Ending("stopped", report.step, f"asked to stop at step {report.step}")
         clock = time.perf_counter()
     return Ending("finished", steps)
-
-
-def _save(trainer: Trainer, folder: RunFolder, shards: Shards, keep: int) -> None:
-    """Save a checkpoint, then drop the oldest ones. Collective."""
-    metadata: dict[str, JSON] = {
-        "corpus_digest": shards.manifest.corpus_digest,
-        "threads": trainer.config.parallel.threads,
-    }
-    checkpoints.save(folder.checkpoints, trainer.state(), step=trainer.steps_done, metadata=metadata)
-    if trainer.ranks.rank == 0:
-        checkpoints.prune(folder.checkpoints, keep)

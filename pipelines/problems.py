@@ -1,6 +1,7 @@
 """What is wrong with a config, in words a user can act on: a line a problem, naming the key and where it was set."""
 
 import difflib
+import re
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ValidationError
@@ -8,6 +9,9 @@ from pydantic_core import ErrorDetails
 
 from pipelines.schema import KIND, all_keys, by_kind, locate
 from pipelines.yaml_text import Path, describe
+
+# "Input should be ..., List should have ...": the key that stands before says what it is.
+_SUBJECT = re.compile(r"^\w+ should")
 
 
 def explain(error: ValidationError, root: type[BaseModel], origins: Mapping[Path, str]) -> str:
@@ -52,7 +56,7 @@ def _line(problem: ErrorDetails, root: type[BaseModel], origins: Mapping[Path, s
         case "string_type" if isinstance(value, int | float):
             text = f"should be text, got {describe(value)}; quote it if it is meant as text"
         case _:
-            text = f"{problem['msg'].replace('Input should', 'should', 1)}, got {describe(value)}"
+            text = f"{_SUBJECT.sub('should', problem['msg'])}, got {describe(value)}"
     # A rule over several keys names them itself; the place where one of them was set last would only mislead.
     origin = origins.get(path) if problem["type"] != "value_error" else None
     dotted = ".".join(map(str, path))

@@ -1,13 +1,12 @@
 """What the user sees while training runs: a live bar in a terminal, plain lines anywhere else.
 
-with RunProgress(run.folder.spool, config.schedule.steps) as progress:
+with RunProgress(run.folder, config.schedule.steps) as progress:
     progress.phase("starting 2 Ray workers")
     trainer.fit()
 """
 
 import math
 import threading
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from pipelines.history import WARM_UP_STEPS
+from pipelines.notes import read_notes
+from pipelines.run_folder import RunFolder
 from pipelines.spool import TRAIN, VALIDATION, Record, SpoolReader
 
 # Also how often a bar is drawn again.
@@ -60,6 +61,11 @@ class Standing:
             self.tokens_per_second = old + _SPEED_WEIGHT * (speed - old)
 
     @property
+    def has_trained(self) -> bool:
+        """Whether an optimizer step was among the records."""
+        return self._seen > 0
+
+    @property
     def seconds_left(self) -> float | None:
         """Until the last step, at the pace since start-up was over (validations and checkpoints included)."""
         if self._origin is None or self.step <= self._origin[0]:
@@ -93,6 +99,9 @@ class View(Protocol):
     def phase(self, text: str) -> None:
         """Say what goes on before the first step, or between steps."""
 
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+
     def show(self, standing: Standing, record: Record) -> None:
         """Show where the run is after a new record."""
 
@@ -120,6 +129,9 @@ class LiveView:
         self._progress.update(self._task, description=text)
         self._live.refresh()
 
+    def say(self, text: str) -> None:
+        self._live.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
     def show(self, standing: Standing, record: Record) -> None:
         if record.kind == TRAIN:
             self._progress.update(self._task, description="training", completed=standing.step)
@@ -142,6 +154,9 @@ class LineView:
 
     def phase(self, text: str) -> None:
         self._print(f"{text} ...")
+
+    def say(self, text: str) -> None:
+        self._print(text)
 
     def show(self, standing: Standing, record: Record) -> None:
         if self._is_due(standing, record):
@@ -169,12 +184,14 @@ class LineView:
 
 
 class RunProgress:
-    """Shows a run from the records that it appends to its spool, from a thread of its own."""
+    """Shows a run from what it appends to its spool and its notes, from a thread of its own."""
 
-    def __init__(self, spool: Path, total_steps: int, console: Console | None = None) -> None:
-        """Follow the run whose spool this is; what an earlier part of the run has recorded counts as seen."""
+    def __init__(self, folder: RunFolder, total_steps: int, console: Console | None = None) -> None:
+        """Follow the run in ``folder``; what an earlier part of the run has recorded counts as seen."""
         console = console or Console()
-        self._reader = SpoolReader(spool)
+        self._notes = folder.notes
+        self._notes_seen = len(read_notes(folder.notes))
+        self._reader = SpoolReader(folder.spool)
         seen = max((record.step for record in self._reader.read() if record.kind == TRAIN), default=0)
         self._standing = Standing(total_steps, seen)
         self._view: View = LiveView(console, total_steps, seen) if console.is_terminal else LineView(console)
@@ -187,9 +204,23 @@ class RunProgress:
         with self._lock:
             self._view.phase(text)
 
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+        with self._lock:
+            self._view.say(text)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a step was taken since this was made."""
+        return self._standing.has_trained
+
     def poll(self) -> None:
         """Show what is new."""
         with self._lock:
+            notes = read_notes(self._notes)
+            for note in notes[self._notes_seen :]:
+                self._view.say(note.text)
+            self._notes_seen = len(notes)
             for record in self._reader.read():
                 self._standing.add(record)
                 self._view.show(self._standing, record)

@@ -9,7 +9,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import UserError
 
 # Must be set before ray is imported. Nothing here overrides what the user has set.
-_QUIET_AND_QUICK = {
+QUIET_AND_QUICK = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # How often Ray Train looks at its workers, and so how late it sees that they are done; 2 s otherwise.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -19,7 +19,7 @@ _QUIET_AND_QUICK = {
 }
 
 # Despite its name it counts on Linux too: with 0, a Ray cluster on one machine binds the loopback interface alone.
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 # Keeps the heap: glibc returns every block over 32 MiB to the system, and each step would fault its pages in anew.
 _KEPT_HEAP = {
@@ -35,38 +35,66 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
-    """Connect to the cluster of ``RAY_ADDRESS`` (a submitted job has it), or start one on this machine for the run.
+def connect() -> Iterator[dict[str, float]]:
+    """Connect to the cluster of ``RAY_ADDRESS`` (a submitted job has it), or start one on this machine for the while.
 
-    Raises:
-        UserError: the cluster cannot hold the workers.
+    A process that is connected already stays so. Yields the cluster's resources.
     """
     address = os.environ.get("RAY_ADDRESS")
-    for name, value in {**_QUIET_AND_QUICK, **({} if address else _LOOPBACK)}.items():
+    for name, value in {**QUIET_AND_QUICK, **({} if address else LOOPBACK)}.items():
         os.environ.setdefault(name, value)
     import ray
 
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
     # Workers' output stays in Ray's own logs: what a run has to say comes through its spool, and what went wrong
     # through the exception.
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # Without "local", Ray would join any cluster that someone started on this machine.
+        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        _check_room(config, ray.cluster_resources())
-        yield
+        yield ray.cluster_resources()
     finally:
         ray.shutdown()
 
 
-def _check_room(config: RunConfig, resources: dict[str, float]) -> None:
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """The cluster for a run.
+
+    Raises:
+        UserError: the cluster cannot hold the workers.
+    """
+    with connect() as resources:
+        _check_room(config, resources)
+        yield
+
+
+def refuse_more_than_this_machine(config: RunConfig) -> None:
+    """What no Ray cluster of its own could hold is refused before anything starts.
+
+    Ray may find less, in a container for instance: `ray_session` asks it.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        _check_cpus(config, os.cpu_count() or 1, "this machine")
+
+
+def _check_cpus(config: RunConfig, cpus: float, where: str) -> None:
     parallel = config.parallel
-    cpus, needed = resources.get("CPU", 0.0), parallel.workers * parallel.threads
+    needed = parallel.workers * parallel.threads
     if needed > cpus:
         raise UserError(
             f"parallel.workers ({parallel.workers}) x parallel.threads ({parallel.threads}) needs {needed} CPUs, "
-            f"but the Ray cluster has {cpus:.0f}"
+            f"but {where} has {cpus:.0f}"
         )
+
+
+def _check_room(config: RunConfig, resources: dict[str, float]) -> None:
+    parallel = config.parallel
+    _check_cpus(config, resources.get("CPU", 0.0), "the Ray cluster")
     if uses_gpu(config) and parallel.workers > resources.get("GPU", 0.0):
         raise UserError(
             f"parallel.workers ({parallel.workers}) needs a GPU each, but the Ray cluster has "

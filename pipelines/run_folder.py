@@ -27,6 +27,7 @@ class RunInfo:
     created: str
     """ISO 8601, with time zone."""
     tracking_uri: str
+    """Without a password."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def notes(self) -> Path:
+        """What happened beside the steps: `pipelines.notes`."""
+        return self.path / "notes.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that works on the run: `pipelines.run_lock`."""
+        return self.path / "lock"
+
+    @property
+    def stop(self) -> Path:
+        """A file that asks training to stop at the next step while it is there."""
+        return self.path / "stop"
+
+    @property
     def figures(self) -> Path:
         """Folder of the run's pictures."""
         return self.path / "figures"
@@ -71,9 +87,31 @@ class RunFolder:
         return self.path / "delivered.json"
 
     @property
+    def registered(self) -> Path:
+        """Which checkpoints MLflow knows, as JSON: `pipelines.registration`."""
+        return self.path / "registered.json"
+
+    @property
+    def init_from(self) -> Path | None:
+        """Folder of the weights that the run started from; None if it started from random ones."""
+        folder = read_json(self._init_from_file).get("folder")
+        return Path(folder) if folder is not None else None
+
+    @property
+    def _init_from_file(self) -> Path:
+        return self.path / "init_from.json"
+
+    def write_init_from(self, weights: Path) -> None:
+        """Write ``init_from.json``: a run that is resumed before its first checkpoint starts from there again."""
+        write_json(self._init_from_file, {"folder": str(weights)})
+
+    @property
     def info(self) -> RunInfo:
-        """What the run is called and where it is tracked."""
-        return RunInfo(**read_json(self._info_file))
+        """What the run is called and where it is tracked. UserError if its file is damaged."""
+        try:
+            return RunInfo(**read_json(self._info_file))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self._info_file} is damaged ({error}); mend it, or move its folder away") from error
 
     @property
     def _info_file(self) -> Path:

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,60 +33,81 @@ class _CheckedFile:
         return FileRecord(name=self._path.name, size_bytes=self._size, sha256=self._sha256.hexdigest())
 
 
-class SplitWriter:
-    """Takes documents one by one. ``measured`` keeps the bytes of text behind every token."""
+def write_checked(path: Path, content: bytes) -> FileRecord:
+    """Writes a new file and describes it."""
+    file = _CheckedFile(path)
+    file.write(content)
+    return file.close()
 
-    def __init__(
-        self, folder: Path, split: Split, dtype: Dtype, document_id: int, shard_tokens: int, measured: bool
-    ) -> None:
+
+class SplitWriter:
+    """Takes documents one by one or many at a time. ``measured`` keeps the bytes of text behind every token.
+
+    Memory grows by 8 bytes a document.
+    """
+
+    def __init__(self, folder: Path, split: Split, dtype: Dtype, shard_tokens: int, measured: bool) -> None:
         self._folder = folder
         self._split = split
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._document_id = document_id
         self._shard_tokens = shard_tokens
-        self._names: list[str] = []
-        self._offsets = [0]
+        self._offsets = array("q", [0])
         self._text_bytes = 0
         self._closed_shards: list[FileRecord] = []
         self._shard: _CheckedFile | None = None
+        self._names = _CheckedFile(folder / f"{split}.names.json")
         self._token_bytes = _CheckedFile(folder / f"{split}.text_bytes.bin") if measured else None
 
     def add(
-        self, name: str, ids: NDArray[np.integer[Any]], text_bytes: int, per_token: NDArray[np.uint32] | None = None
+        self,
+        names: Sequence[str],
+        lengths: NDArray[np.int64],
+        tokens: NDArray[np.integer[Any]],
+        text_bytes: int,
+        bytes_per_token: NDArray[np.uint32] | None = None,
     ) -> None:
-        """Appends a document of ``text_bytes`` bytes; ``per_token`` [len(ids)] says where they are, if measured.
+        """Appends documents.
 
-        Text that no token stands for (dropped at the document's end) counts with the document token.
+        Args:
+            names: of the documents.
+            lengths: tokens of each, its document token included; [len(names)].
+            tokens: of all of them, joined; [sum(lengths)].
+            text_bytes: bytes of text in all of them.
+            bytes_per_token: bytes behind every token, [sum(lengths)]; for a measured split alone.
         """
-        stored = np.append(ids.astype(self._dtype), self._dtype.type(self._document_id))
-        self._append(stored)
-        self._names.append(name)
-        self._offsets.append(self._offsets[-1] + len(stored))
+        if not len(names):
+            return
+        quoted = ", ".join(json.dumps(name) for name in names)
+        self._names.write(((", " if len(self._offsets) > 1 else "[") + quoted).encode())
+        end = self._offsets[-1]
+        self._append(tokens.astype(self._dtype, copy=False), end)
+        self._offsets.extend((end + np.cumsum(lengths)).tolist())
         self._text_bytes += text_bytes
         if self._token_bytes is not None:
-            if per_token is None:
+            if bytes_per_token is None:
                 raise ValueError("a measured split needs the bytes behind every token")
-            rest = np.uint32(text_bytes - int(per_token.sum()))
-            self._token_bytes.write(np.append(per_token, rest).astype("<u4").tobytes())
+            self._token_bytes.write(bytes_per_token.astype("<u4", copy=False).tobytes())
 
     def close(self) -> SplitManifest:
         """Finishes all files and describes them."""
         if self._shard is not None:
             self._closed_shards.append(self._shard.close())
+        documents = len(self._offsets) - 1
+        self._names.write(b"]" if documents else b"[]")
         buffer = io.BytesIO()
         np.save(buffer, np.array(self._offsets, np.int64))
         return SplitManifest(
-            documents=len(self._names),
+            documents=documents,
             tokens=self._offsets[-1],
             text_bytes=self._text_bytes,
             shards=self._closed_shards,
-            offsets=self._write_whole(f"{self._split}.offsets.npy", buffer.getvalue()),
-            names=self._write_whole(f"{self._split}.names.json", json.dumps(self._names).encode()),
+            offsets=write_checked(self._folder / f"{self._split}.offsets.npy", buffer.getvalue()),
+            names=self._names.close(),
             token_bytes=self._token_bytes.close() if self._token_bytes is not None else None,
         )
 
-    def _append(self, tokens: NDArray[np.integer[Any]]) -> None:
-        written, at = 0, self._offsets[-1]
+    def _append(self, tokens: NDArray[np.integer[Any]], at: int) -> None:
+        written = 0
         while written < len(tokens):
             number, filled = divmod(at + written, self._shard_tokens)
             if filled == 0:
@@ -95,8 +118,3 @@ class SplitWriter:
             piece = tokens[written : written + self._shard_tokens - filled]
             self._shard.write(piece.tobytes())
             written += len(piece)
-
-    def _write_whole(self, name: str, content: bytes) -> FileRecord:
-        file = _CheckedFile(self._folder / name)
-        file.write(content)
-        return file.close()

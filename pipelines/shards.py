@@ -7,6 +7,7 @@ A folder holds, for ``train`` and for ``validation``:
 ``SPLIT.offsets.npy``       int64 [documents + 1]: where each document starts in the stream, and where the last ends
 ``SPLIT.names.json``        the documents' names
 ``SPLIT.text_bytes.bin``    uint32 per token: bytes of text behind it (0 for a document token); validation only
+``tokenizer.json``          the tokenizer, unless a token is a byte
 
 and ``manifest.json``, written last. What has no manifest is no corpus.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipelines.config import CorpusConfig
+from pipelines.config import SourceConfig
 from pipelines.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -68,13 +69,15 @@ class TokenizerManifest(_Record):
     vocab_size: int
     document_token: str
     document_id: int
+    file: FileRecord | None = None
+    """A copy of the tokenizer, if it is a file."""
 
 
 class Manifest(_Record):
     """What a folder of shards holds and what it was made from."""
 
     format: Literal[1] = FORMAT
-    corpus: CorpusConfig
+    corpus: SourceConfig
     corpus_digest: str
     """SHA-256 over the names and contents of all documents, in order."""
     python: str
@@ -84,10 +87,13 @@ class Manifest(_Record):
     shard_tokens: int
     train: SplitManifest
     validation: SplitManifest
+    preparation: str | None = None
+    """Of ``steadymoe prepare``: digest over the source files' state and the options, to know the same request again."""
 
     def files(self) -> list[FileRecord]:
         """Every file but the manifest."""
-        return self.train.files() + self.validation.files()
+        copy = [self.tokenizer.file] if self.tokenizer.file else []
+        return self.train.files() + self.validation.files() + copy
 
 
 class DocumentSpan(NamedTuple):
@@ -203,7 +209,7 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _advice(folder: Path) -> str:
-    return f"delete {folder} to have it prepared again"
+    return f"delete {folder} and have it prepared again"
 
 
 def _read_manifest(path: Path) -> Manifest:

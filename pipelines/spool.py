@@ -5,17 +5,19 @@ where values were NaN or infinite. Steps are optimizer steps, counted from 1; ti
 file is what MLflow is fed from, so training never waits for a tracking server, and nothing is lost when one is down.
 """
 
+import errno
 import json
 import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 START = "start"
 """Kind of the one record of what is known before the first step, at step 0."""
@@ -23,6 +25,8 @@ TRAIN = "train"
 """Kind of the records of optimizer steps."""
 VALIDATION = "validation"
 """Kind of the records of validations."""
+
+_MOST_WAITING = 10_000
 
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -92,6 +96,16 @@ class SpoolReader:
         return records
 
 
+def records_of_step(path: Path, step: int) -> list[Record]:
+    """Records of one step. Other lines are passed over without being parsed: a long run's file takes 0.1 s."""
+    mark = f'"step":{step},'.encode()
+    try:
+        with path.open("rb") as file:
+            return [Record.from_line(line) for line in file if mark in line and line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []
+
+
 class SpoolWriter:
     """Appends records; one process at a time may do so.
 
@@ -107,29 +121,43 @@ class SpoolWriter:
         self._end = reader.offset
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.ftruncate(self._file, self._end)
+        self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
         self._failing = False
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one record with one write call. A full disk costs the record and a warning, never the training."""
+        """Append one record with one write call.
+
+        On a full disk records wait in memory for the next call, the newest 10,000 of them; training never notices.
+        """
         if step <= self._last_steps.get(kind, -1):
             return
-        line = Record.measured(kind, step, metrics).to_line()
+        self._last_steps[kind] = step
+        self._waiting.append(Record.measured(kind, step, metrics).to_line())
         try:
-            written = os.pwrite(self._file, line, self._end)
-            if written < len(line):
-                raise OSError(f"only {written} of {len(line)} bytes were taken")
+            self._flush()
         except OSError as error:
             if not self._failing:
-                logger.warning("metrics of step %d and on are not recorded for now: %s", step, error)
+                _log.warning("metrics of step %d and on are not on the disk yet: %s", step, error)
             self._failing = True
-            return
-        # Written at a fixed offset, so that the next record overwrites what a failed write left behind.
-        self._end += written
-        self._last_steps[kind] = step
-        self._failing = False
+        else:
+            self._failing = False
+
+    def _flush(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            # At a fixed offset, so that the next attempt overwrites what a failed one left behind.
+            written = os.pwrite(self._file, line, self._end)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were taken")
+            self._end += written
+            self._waiting.popleft()
 
     def close(self) -> None:
-        """Cut off what a failed write may have left, and close the file."""
+        """Write what waits, if there is room now, cut off what a failed write may have left, and close the file."""
+        try:
+            self._flush()
+        except OSError as error:
+            _log.warning("%d records of metrics are lost: %s", len(self._waiting), error)
         os.ftruncate(self._file, self._end)
         os.close(self._file)
 

@@ -7,7 +7,8 @@ from pipelines.description import parameters
 from pipelines.history import History
 from pipelines.progress import clock
 from pipelines.run_folder import RunFolder
-from pipelines.tracking_store import experiment_link, run_link, server_command
+from pipelines.tracking_store import run_link, server_command, view_link
+from pipelines.views import TRAINING
 
 # Metric, its name for people, and its format.
 _ROWS = (
@@ -37,7 +38,7 @@ def print_summary(folder: RunFolder, seconds: float, console: Console | None = N
     if command := server_command(info.tracking_uri):
         _line(console, f"Look at   {command}")
     _line(console, f"this run  {run_link(info.tracking_uri, info.experiment_id, info.id)}")
-    _line(console, f"all runs  {experiment_link(info.tracking_uri, info.experiment_id)}")
+    _line(console, f"all runs  {view_link(info.tracking_uri, info.experiment_id, TRAINING)}")
 
 
 def _rows(history: History, seconds: float) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ class Tokenizer(ABC):
     document_id: int
     sha256: str | None
     """Of the tokenizer's file, if there is one."""
+    file_content: bytes | None
 
     @abstractmethod
     def encode_many(self, contents: Sequence[bytes]) -> list[NDArray[np.integer[Any]]]:
@@ -65,6 +66,7 @@ class ByteTokenizer(Tokenizer):
     document_token = BYTE_DOCUMENT_TOKEN
     document_id = 256
     sha256 = None
+    file_content = None
 
     def encode_many(self, contents: Sequence[bytes]) -> list[NDArray[np.integer[Any]]]:
         """uint8, without a copy."""
@@ -104,6 +106,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.encode_special_tokens = True
         self.name = path.name
         self.sha256 = hashlib.sha256(content).hexdigest()
+        self.file_content = content
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, and an embedding needs the largest
         self.document_token = _find_document_token(vocabulary, document_token, path)

@@ -10,33 +10,31 @@ import getpass
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from pipelines.config import RunConfig
 from pipelines.delivery import Drainer
 from pipelines.description import Status, describe
+from pipelines.ending import DESCRIPTION_TAG, write_ending
 from pipelines.environment import environment
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.flatten import Scalar, flatten
 from pipelines.history import History
 from pipelines.home import runs_dir
 from pipelines.loading import dump_config
-from pipelines.run_folder import RunFolder, RunInfo, free_name, read_json, write_json
-from pipelines.tracking_store import TrackingStore, find_tracked_run, first_line, store_errors
+from pipelines.run_folder import RunFolder, RunInfo, free_name, read_json, run_folders, write_json
+from pipelines.run_lock import RunLock
+from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
+from pipelines.views import run_colour
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-
-DESCRIPTION_TAG = "mlflow.note.content"
 
 # MLflow's limits.
 _PARAMS_PER_BATCH = 100
@@ -46,9 +44,6 @@ _DIGEST_LENGTH = 36
 
 FINISH_TIMEOUT_S = 15.0
 """How long a run's end waits for a server that does not answer."""
-
-_INTERRUPTED_CODES = {130, 128 + signal.SIGTERM, signal.SIGTERM}
-"""Exit codes of a driver that was told to stop; Ray's handler of SIGTERM exits with the bare signal number."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,13 @@ class DatasetInfo:
 
 
 class Tracker:
-    """One MLflow run. As a context manager it ends the run on every way out, exceptions and signals included."""
+    """One MLflow run. As a context manager it ends the run on every way out, exceptions included.
 
-    def __init__(self, config: RunConfig, store: TrackingStore, folder: RunFolder) -> None:
+    Signals are the caller's to turn into exceptions: `pipelines.interrupts`.
+    """
+
+    def __init__(self, config: RunConfig, store: TrackingStore, folder: RunFolder, lock: RunLock) -> None:
+        self._lock = lock
         self.config = config
         self.store = store
         self.folder = folder
@@ -76,7 +75,6 @@ class Tracker:
         """After the end: what to tell the user if MLflow could not be given everything."""
         self._ending: tuple[Status, str | None] | None = None
         self._drainer = Drainer(store.client, folder)
-        self._old_handler: Any = None
 
     @classmethod
     def start(
@@ -100,11 +98,14 @@ class Tracker:
             tags: further tags of the run, for instance ``role``, which is train otherwise.
 
         Raises:
-            UserError: the store refuses, or does not know the run to resume.
+            UserError: the store refuses, or does not know the run to resume, or another process works on that.
         """
         with store_errors(store.uri):
+            lock = RunLock(resume) if resume else None
             folder = _reopen(config, store, resume) if resume else _create(config, store, preset, tags or {})
-            tracker = cls(config, store, folder)
+            if resume:
+                _replace_tags(store, folder, tags or {})
+            tracker = cls(config, store, folder, lock or RunLock(folder))
             try:
                 _record_start(config, store, folder, dataset)
             except BaseException as error:
@@ -119,32 +120,18 @@ class Tracker:
 
     def __enter__(self) -> Self:
         self._drainer.start()
-        # Without a handler the process would vanish on SIGTERM, and the run would go on for ever. Ray sets its own.
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._old_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end(*(self._ending or _ending_of(error)))
-        if self._old_handler is not None and signal.getsignal(signal.SIGTERM) is _exit_on_signal:
-            signal.signal(signal.SIGTERM, self._old_handler)
 
     def _end(self, status: Status, reason: str | None) -> None:
         """Write down how the run ended, and let the drainer bring it to MLflow."""
-        history = History.read(self.folder.spool)
-        tags = {
-            "diverged": str(history.diverged).lower(),
-            DESCRIPTION_TAG: describe(self.config, history, status, reason),
-        }
-        if history.first_non_finite:
-            steps = (f"{name} from step {step}" for name, step in history.first_non_finite.items())
-            tags["non_finite"] = ", ".join(steps)[:_TAG_LENGTH]
-        ending = {"status": status, "time_ms": time.time_ns() // 1_000_000, "metrics": history.finals(), "tags": tags}
-        write_json(self.folder.ending, ending)
+        write_ending(self.folder, self.config, status, reason)
         self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S)
+        self._lock.release()
 
 
 def _create(config: RunConfig, store: TrackingStore, preset: str, tags: Mapping[str, str]) -> RunFolder:
@@ -160,13 +147,14 @@ def _create(config: RunConfig, store: TrackingStore, preset: str, tags: Mapping[
             "mlflow.source.type": "LOCAL",
             "mlflow.source.name": Path(sys.argv[0]).name,
             "mlflow.user": _user(),
+            "mlflow.runColor": run_colour(sum(1 for _ in run_folders())),
             DESCRIPTION_TAG: describe(config, History()),
             **tags,
         },
     )
     folder = RunFolder(runs_dir() / run.info.run_id)
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    folder.write_info(RunInfo(run.info.run_id, name, tracking.experiment, experiment_id, created, store.uri))
+    folder.write_info(RunInfo(run.info.run_id, name, tracking.experiment, experiment_id, created, shown(store.uri)))
     return folder
 
 
@@ -180,12 +168,17 @@ def _reopen(config: RunConfig, store: TrackingStore, folder: RunFolder) -> RunFo
     wish = config.tracking.run_name
     if wish and wish not in (first_wish, info.name):
         info = replace(info, name=free_name(wish, wish))
-    folder.write_info(replace(info, tracking_uri=store.uri))
+    folder.write_info(replace(info, tracking_uri=shown(store.uri)))
     store.client.update_run(info.id, status="RUNNING", name=info.name)
     store.client.set_tag(info.id, DESCRIPTION_TAG, describe(config, History.read(folder.spool)))
     folder.ending.unlink(missing_ok=True)
     write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
     return folder
+
+
+def _replace_tags(store: TrackingStore, folder: RunFolder, tags: Mapping[str, str]) -> None:
+    for name, value in tags.items():
+        store.client.set_tag(folder.info.id, name, value)
 
 
 def _record_start(config: RunConfig, store: TrackingStore, folder: RunFolder, dataset: DatasetInfo) -> None:
@@ -239,14 +232,8 @@ def _ending_of(error: BaseException | None) -> tuple[Status, str | None]:
             return "FINISHED", None
         case KeyboardInterrupt():
             return "KILLED", "interrupted"
-        case SystemExit(code=int(code)) if code in _INTERRUPTED_CODES:
-            return "KILLED", "told to stop"
         case _:
             return "FAILED", f"{type(error).__name__}: {first_line(error)}"
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _user() -> str:

@@ -13,7 +13,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from pipelines.config import TrackingConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.home import home
 from pipelines.run_folder import RunInfo
 
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+    from pipelines.saved_view import View
+
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-UI_ADDRESS = "http://127.0.0.1:5000"
+DEFAULT_UI_PORT = 5000
+UI_ADDRESS = f"http://127.0.0.1:{DEFAULT_UI_PORT}"
 """Where the server that a user starts on a local database listens, unless told otherwise."""
+
+# The server's job runner is not needed, and takes 1.4 GB.
+SERVER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""Environment variables of such a server."""
 
 SQLITE = "sqlite:///"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -35,6 +42,8 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # It would print links of its own when a run ends, with the password that the URI may hold.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # The log's INFO lines name every schema migration of a new database.
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
@@ -77,10 +86,19 @@ class TrackingStore:
 
 
 def tracking_uri(tracking: TrackingConfig, resumed: RunInfo | None = None) -> str:
-    """The URI that holds: the config's, the resumed run's, the environment's, or else the local database."""
-    uri = tracking.uri or (resumed.tracking_uri if resumed else None) or os.environ.get(URI_VARIABLE)
-    if uri is None:
-        return local_database()
+    """The URI that holds: the config's, the resumed run's, the environment's, or else the local database.
+
+    A resumed run knows its URI without the password; the environment's is taken if that is all they differ in.
+    """
+    given = os.environ.get(URI_VARIABLE)
+    if resumed and tracking.uri is None:
+        uri = given if given and shown(_absolute(given)) == resumed.tracking_uri else resumed.tracking_uri
+    else:
+        uri = tracking.uri or given or local_database()
+    return _absolute(uri)
+
+
+def _absolute(uri: str) -> str:
     # A run is resumed and delivered from other working directories, too.
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
 
@@ -101,7 +119,7 @@ def open_store(uri: str) -> TrackingStore:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if uri.startswith(SQLITE):
-        _check_sqlite(Path(uri.removeprefix(SQLITE)))
+        check_sqlite(Path(uri.removeprefix(SQLITE)))
     from mlflow import MlflowClient
 
     with store_errors(uri):
@@ -135,15 +153,9 @@ def store_errors(uri: str) -> Iterator[None]:
         raise UserError(f"tracking.uri: {where}: {first_line(error)}") from error
 
 
-def first_line(error: BaseException, limit: int = 300) -> str:
-    """The beginning of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
-
-
 def shown(uri: str) -> str:
-    """A URI for people and logs, without the password that it may hold."""
-    return re.sub(r"//[^@/]*@", "//", uri)
+    """A URI for people, logs and files: without its password, and for a server without user name (or token), too."""
+    return re.sub(r"//[^@/]*@", "//", uri) if uri.startswith("http") else re.sub(r"(//[^:@/]*):[^@/]*@", r"\1@", uri)
 
 
 def is_database(uri: str) -> bool:
@@ -151,13 +163,13 @@ def is_database(uri: str) -> bool:
     return uri.startswith(_DATABASES)
 
 
-def experiment_link(uri: str, experiment_id: str) -> str:
-    """Where the UI lists an experiment's runs. Without the workflow type its page on generative AI would open."""
-    return f"{_address(uri)}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+def view_link(uri: str, experiment_id: str, view: "View") -> str:
+    """Where the UI shows the charts of an experiment's runs as a saved view has them."""
+    return _address(uri) + view.link(experiment_id)
 
 
 def run_link(uri: str, experiment_id: str, run_id: str) -> str:
-    """Where the UI shows a run."""
+    """Where the UI shows a run by itself. Without the workflow type it would show it as one of generative AI."""
     return f"{_address(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
@@ -167,12 +179,22 @@ def server_command(uri: str) -> str | None:
         return None
     if uri == local_database() and (home() / "Makefile").exists():
         return f"make -C {quote(str(home()))} ui"
-    # The server's job runner is not needed, and takes 1.4 GB.
-    return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {quote(sys.executable)} -m mlflow server "
-        f"--host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri {quote(uri)} "
-        f"--artifacts-destination {quote(str(artifacts_dir()))}"
-    )
+    settings = " ".join(f"{name}={value}" for name, value in SERVER_ENVIRONMENT.items())
+    command = [sys.executable, *server_arguments(shown(uri), DEFAULT_UI_PORT)]
+    return f"{settings} {' '.join(map(quote, command))}"
+
+
+def server_arguments(uri: str, port: int) -> list[str]:
+    """What Python runs to serve a database and its UI on the loopback interface alone.
+
+    New experiments keep their artifacts as files, as those do that a database made without a server. So both ways lead
+    to the same experiments; artifacts of experiments that some other server made are still served.
+    """
+    return [
+        *("-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", uri, "--default-artifact-root", artifacts_dir().as_uri()),
+        *("--artifacts-destination", str(artifacts_dir())),
+    ]
 
 
 def artifacts_dir() -> Path:
@@ -194,7 +216,7 @@ def find_tracked_run(store: TrackingStore, info: RunInfo) -> "Run":
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise UserError(f"{missing}; it was tracked in {shown(info.tracking_uri)}") from error
+        raise UserError(f"{missing}; it was tracked in {info.tracking_uri}") from error
     if run.info.lifecycle_stage != "active":
         raise UserError(f"{missing} any more: it was deleted there, and can be restored")
     return run
@@ -208,8 +230,12 @@ def _artifact_root(uri: str) -> str | None:
     return artifacts_dir().as_uri() if is_database(uri) else None
 
 
-def _check_sqlite(path: Path) -> None:
-    """Find out in a moment what MLflow finds out after 10 attempts in 100 s."""
+def check_sqlite(path: Path) -> None:
+    """Find out in a moment what MLflow finds out after 10 attempts in 100 s.
+
+    Raises:
+        UserError: no SQLite database can be there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path)) as database:

@@ -6,33 +6,57 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
 
 from rich.console import Console
-from rich.progress import Progress
 
 from moe.config.model import ModelConfig
 from pipelines import commands
 from pipelines.arguments import TrainArguments
-from pipelines.command_line import EXIT_DONE, EXIT_ENDED_BY_POLICY, EXIT_INTERRUPTED, run_command
+from pipelines.byte_progress import ByteProgress
+from pipelines.command_line import (
+    EXIT_DEFECT,
+    EXIT_DONE,
+    EXIT_ENDED_BY_POLICY,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    run_command,
+)
 from pipelines.config import RunConfig
+from pipelines.data import refuse_short_text
+from pipelines.description import Status
 from pipelines.errors import UserError
+from pipelines.fit import fit
+from pipelines.home import refuse_unwritable_home
+from pipelines.init_from import check_start
+from pipelines.interrupts import Interrupts
+from pipelines.job import job_tags, run_in_job
 from pipelines.loading import load_config
-from pipelines.prepare import prepare
+from pipelines.orphans import end_orphans_in_background
+from pipelines.outcome import Outcome
+from pipelines.prepare import absolute_paths, prepare
 from pipelines.progress import RunProgress
-from pipelines.ray_session import ray_session, uses_gpu, worker_environment
+from pipelines.ray_session import ray_session, refuse_more_than_this_machine
 from pipelines.run_folder import RunFolder, find_run
 from pipelines.shards import Manifest, Shards
 from pipelines.summary import print_summary
 from pipelines.tracking import DatasetInfo, Tracker
 from pipelines.tracking_store import open_store_in_background, tracking_uri
-from pipelines.worker import WorkerJob, train_worker
 
-if TYPE_CHECKING:
-    from pipelines.loop import Ending
-
-# A collective that takes longer than this has lost a peer; torch waits 30 minutes otherwise.
-_COLLECTIVE_TIMEOUT_S = 300
+_STATUS: dict[Outcome, Status] = {
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "diverged": "FAILED",
+    "refused": "FAILED",
+    "failed": "FAILED",
+}
+_EXIT_CODES: dict[Outcome, int] = {
+    "finished": EXIT_DONE,
+    "stopped": EXIT_INTERRUPTED,
+    "diverged": EXIT_ENDED_BY_POLICY,
+    "refused": EXIT_USER_ERROR,
+    "failed": EXIT_DEFECT,
+}
 
 
 def run(arguments: TrainArguments) -> int:
@@ -46,37 +70,59 @@ def run(arguments: TrainArguments) -> int:
     resumed = find_run(arguments.resume) if arguments.resume else None
     config = load_config([str(resumed.config)], arguments.settings) if resumed else arguments.config()
     info = resumed.info if resumed else None
-    # Importing MLflow takes seconds, and so does starting Ray.
-    opening = open_store_in_background(tracking_uri(config.tracking, info))
+    refuse_unwritable_home()
+    refuse_more_than_this_machine(config)
     shards = _prepare(config, console)
-    config = config.model_copy(update={"model": _fit_vocabulary(config.model, shards.manifest)})
-    with ray_session(config):
+    config = config.model_copy(
+        update={"model": _fit_vocabulary(config.model, shards.manifest), "data": absolute_paths(config.data)}
+    )
+    refuse_short_text(config, shards)
+    init_from = resumed.init_from if resumed else arguments.weights
+    check_start(init_from, resumed, config, console)
+    # Importing MLflow takes seconds, and so does starting Ray. Not sooner: wrong text leaves no database behind.
+    opening = open_store_in_background(tracking_uri(config.tracking, info))
+    with ray_session(config), Interrupts() as interrupts:
         tracker = Tracker.start(
             config,
             opening.result(),
             dataset=_dataset_info(shards),
             preset=arguments.presets[0],
             resume=resumed,
+            tags={**job_tags(), **({"init_from": str(init_from)} if init_from else {})},
         )
-        with tracker, RunProgress(tracker.folder.spool, config.schedule.steps, console) as progress:
+        if init_from:
+            tracker.folder.write_init_from(init_from)
+        end_orphans_in_background(tracker.store)
+        with tracker, RunProgress(tracker.folder, config.schedule.steps, console) as progress:
             progress.phase(f"starting {config.parallel.workers} Ray Train worker(s)")
-            ending = _fit(config, shards, tracker.folder)
-            if ending.outcome == "diverged":
-                tracker.end_as("FAILED", ending.reason)
-            elif ending.outcome == "stopped":
-                tracker.end_as("KILLED", ending.reason)
+            ending = fit(config, shards, tracker.folder, progress, interrupts)
+            if (status := _STATUS[ending.outcome]) != "FINISHED":
+                tracker.end_as(status, ending.reason)
             _draw(config, tracker.folder)
     print_summary(tracker.folder, time.monotonic() - started, console)
     if tracker.undelivered:
-        console.print(tracker.undelivered, soft_wrap=True, highlight=False, markup=False)
-    return _exit_code(ending, console)
+        _print(console, tracker.undelivered)
+    if ending.outcome == "refused":
+        raise UserError(str(ending.reason))
+    if ending.outcome != "finished":
+        _print(console, f"The run ended early: {ending.reason}.")
+    if ending.outcome == "stopped":
+        _print(console, f"To go on: steadymoe train --resume {tracker.folder.info.name}")
+    return _EXIT_CODES[ending.outcome]
 
 
 def _prepare(config: RunConfig, console: Console) -> Shards:
-    """The token shards; a corpus that is not known yet is made into them with a progress bar."""
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("preparing text", total=None, visible=False)
-        shards = prepare(config.data, lambda done, total: bar.update(task, completed=done, total=total, visible=True))
+    """The token shards; a corpus that is not known yet is made into them with its progress shown."""
+    with ExitStack() as stack:
+        shown: list[ByteProgress] = []
+
+        def show(done: int, total: int) -> None:
+            if not shown:
+                shown.append(stack.enter_context(ByteProgress(console, total)))
+                shown[0].phase("preparing text")
+            shown[0].update(done, total)
+
+        shards = prepare(config.data, show)
     manifest = shards.manifest
     console.print(
         f"text: {manifest.train.documents:,} documents, {manifest.train.tokens / 1e6:.1f} M tokens to train on, "
@@ -116,34 +162,6 @@ def _dataset_info(shards: Shards) -> DatasetInfo:
     )
 
 
-def _fit(config: RunConfig, shards: Shards, folder: RunFolder) -> "Ending":
-    """Run the workers to the end of training."""
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipelines.loop import Ending
-
-    gpu = uses_gpu(config)
-    job = WorkerJob(config=config.model_dump(mode="json"), run_folder=str(folder.path), shards=str(shards.folder))
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=dict(job),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=config.parallel.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": config.parallel.threads, **({"GPU": 1} if gpu else {})},
-        ),
-        run_config=RayRunConfig(
-            name="ray_train",
-            storage_path=str(folder.path),
-            worker_runtime_env={"env_vars": worker_environment(config)},
-        ),
-    )
-    return Ending(**trainer.fit().return_value)
-
-
 def _draw(config: RunConfig, folder: RunFolder) -> None:
     """Draw the run's picture while the run is still open, so that its end delivers it."""
     from pipelines.figure import draw_run
@@ -151,11 +169,8 @@ def _draw(config: RunConfig, folder: RunFolder) -> None:
     draw_run(folder, config)
 
 
-def _exit_code(ending: "Ending", console: Console) -> int:
-    if ending.outcome == "finished":
-        return EXIT_DONE
-    console.print(f"The run ended early: {ending.reason}.", highlight=False)
-    return EXIT_ENDED_BY_POLICY if ending.outcome == "diverged" else EXIT_INTERRUPTED
+def _print(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,4 +179,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_in_job(main))

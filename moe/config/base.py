@@ -7,7 +7,8 @@ class Config(BaseModel):
     """Base of all config classes.
 
     Unknown keys are refused rather than ignored (a misspelt switch that silently does nothing costs a run), values
-    cannot change after validation, and NaN or infinity is never a valid number.
+    cannot change after validation, NaN or infinity is never a valid number, and nothing is converted: ``yes`` is no 1
+    and ``"4"`` no 4, though an integer may stand for a float.
     """
 
     model_config = ConfigDict(
@@ -15,5 +16,6 @@ class Config(BaseModel):
         extra="forbid",
         validate_default=True,
         allow_inf_nan=False,
+        strict=True,
         use_attribute_docstrings=True,
     )

@@ -39,6 +39,9 @@ def loaded_by(argv: list[str]) -> tuple[int, set[str]]:
         (["train", "micro", "--print-config"], 0),
         (["train", "micro", "--set", "optimizer.lr=fast"], 2),
         (["train", "--sett"], 2),
+        (["up", "--help"], 0),
+        (["up", "--dashboard-port", "70000"], 2),
+        (["submit", "--", "train", "micro", "--set", "optimizer.lr=fast"], 2),
     ],
 )
 def test_help_and_mistakes_are_answered_without_the_heavy_libraries(argv: list[str], code: int) -> None:
@@ -55,7 +58,7 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
     ("argv", "line"),
     [
         ([], "error: no command given (see steadymoe --help)"),
-        (["trian"], "error: argument {train,deliver}: invalid choice: 'trian'"),
+        (["trian"], "error: argument {prepare,train,deliver,export,up,status,down,submit}: invalid choice: 'trian'"),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["train", "--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["train", "mikro"], "error: unknown preset 'mikro'"),

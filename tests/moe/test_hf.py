@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from moe.batch import Batch
+from moe.config.hf import NOT_IN_WEIGHTS, hf_config, model_from_hf, refuse_inexpressible
 from moe.config.model import ModelConfig
-from moe.hf import from_hf, hf_config, refuse_inexpressible, to_hf
+from moe.hf import from_hf, rows_from_hf, shapes_in_hf, to_hf
 from moe.layers import attention
 from moe.layers.router import Router, Routing
 from moe.model import Transformer
@@ -154,6 +155,100 @@ def test_there_and_back_is_exact(changes: dict[str, Any], bias: tuple[float, flo
     back = from_hf(to_hf(state, config), config)
     assert back.keys() == {name for name in state if not name.startswith("mtp.")}
     assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+def shape_of(config: ModelConfig) -> dict[str, Any]:
+    """What weights tell of a model, with what decides nothing made alike."""
+    shape = config.model_dump(exclude=set(NOT_IN_WEIGHTS))
+    moe = shape["moe"]
+    if moe["num_experts"] == 0:
+        moe["first_dense_layers"] = None
+    if moe["num_groups"] == moe["top_groups"]:
+        moe["num_groups"] = moe["top_groups"] = 1
+    return shape
+
+
+@BY_CASE
+def test_config_json_gives_the_model_back_whoever_wrote_it(
+    changes: dict[str, Any], bias: tuple[float, float], tmp_path: Path
+) -> None:
+    config = small_config(**changes)
+    content = hf_config(config)
+    assert shape_of(model_from_hf(content)) == shape_of(config)
+    raw = {name: value for name, value in content.items() if name not in ("architectures", "model_type")}
+    transformers.DeepseekV3Config(**raw).save_pretrained(tmp_path)
+    assert shape_of(model_from_hf(json.loads((tmp_path / "config.json").read_text()))) == shape_of(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; only deepseek_v3 can be read"),
+        ({"model_type": None}, "model_type is None"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 40}}, r"rope type yarn \(only default\)"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, r"rope type yarn \(only default\)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings=True \(only False\)"),
+        ({"hidden_act": "gelu"}, r"hidden_act=gelu \(only silu\)"),
+        ({"rms_norm_eps": 1e-5}, r"rms_norm_eps=1e-05 \(only 1e-06\)"),
+        ({"rope_interleave": False}, r"rope_interleave=False \(only True\)"),
+        ({"scoring_func": "softmax", "moe_layer_freq": 2}, r"scoring_func=softmax .*; moe_layer_freq=2 \(only 1\)"),
+        ({"num_key_value_heads": 1}, r"num_key_value_heads=1 \(only num_attention_heads, 2\)"),
+        ({"kv_lora_rank": "absent", "n_group": "absent"}, "kv_lora_rank, n_group are missing"),
+    ],
+)
+def test_a_model_that_this_one_cannot_be_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    content = {key: value for key, value in (hf_config(small_config()) | change).items() if value != "absent"}
+    with pytest.raises(ValueError, match=named):
+        model_from_hf(content)
+
+
+def test_the_keys_of_the_released_config_are_understood() -> None:
+    """deepseek-ai/DeepSeek-V3 writes these besides the sizes, and the rotary base outside of any mapping."""
+    released = {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "ep_size": 1,
+        "seq_aux": True,
+    }
+    auto = {"auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}
+    content = hf_config(small_config()) | released | auto | {"rope_theta": 5e5, "num_nextn_predict_layers": 1}
+    del content["rope_parameters"], content["rope_interleave"]
+    assert model_from_hf(content) == small_config(rope_theta=5e5)
+
+
+class Watched(dict[str, torch.Tensor]):
+    """Remembers which tensors are looked up."""
+
+    def __init__(self, content: dict[str, torch.Tensor]) -> None:
+        super().__init__(content)
+        self.read: list[str] = []
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.append(name)
+        return super().__getitem__(name)
+
+
+def test_a_rank_reads_of_the_experts_only_its_own() -> None:
+    config = small_config()
+    state = build_model(config).state_dict()
+    theirs = Watched(to_hf(state, config))
+    rows = {name: slice(0, len(tensor)) for name, tensor in state.items()}
+    rows |= {name: slice(4, 8) for name in state if ".experts." in name} | {"norm.weight": slice(3, 20)}
+    for name, tensor in rows_from_hf(theirs, config, rows):
+        assert torch.equal(tensor, state[name][rows.pop(name)]), name
+    assert rows == {}
+    experts = {int(name.split(".experts.")[1].split(".")[0]) for name in theirs.read if ".experts." in name}
+    assert experts == {4, 5, 6, 7}
+    assert len(theirs.read) == len(set(theirs.read))
+
+
+@BY_CASE
+def test_shapes_are_those_of_the_tensors(changes: dict[str, Any], bias: tuple[float, float]) -> None:
+    config = small_config(**changes)
+    expected = to_hf(build_model(config, bias=bias).state_dict(), config)
+    assert shapes_in_hf(config) == {name: tuple(tensor.shape) for name, tensor in expected.items()}
 
 
 @pytest.mark.parametrize("shared", [0, 1])

@@ -7,7 +7,8 @@ from typing import Any
 from moe.parallel import join
 from pipelines.config import RunConfig
 from pipelines.loading import load_config
-from pipelines.loop import Ending, train
+from pipelines.loop import train
+from pipelines.outcome import Ending
 from pipelines.prepare import prepare
 from pipelines.run_folder import RunFolder
 

@@ -38,9 +38,10 @@ def test_values_arrive_as_they_were_typed(value: str) -> None:
 
 
 def test_environment_variables_are_not_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ["presets", "PRESETS", "resume", "RESUME", "set"]:
+    for name in ["presets", "PRESETS", "resume", "RESUME", "set", "init_from"]:
         monkeypatch.setenv(name, '["small"]')
-    assert train().model_dump() == {"presets": ["tiny"], "settings": [], "resume": None, "print_config": False}
+    options = {"resume": None, "init_from": None, "print_config": False}
+    assert train().model_dump() == {"presets": ["tiny"], "settings": [], **options}
 
 
 def test_settings_and_presets_make_the_config() -> None:

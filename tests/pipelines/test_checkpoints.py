@@ -134,7 +134,7 @@ def test_every_bit_comes_back_on_any_number_of_ranks(
     assert newest_valid(tmp_path) == paths[0]
     shards = []
     for rest, tensors, rows in run_distributed(_load, loaded[0], paths[0], loaded[1]):
-        assert rest == {"step": 100, "scalars": SCALARS, "metadata": METADATA}
+        assert rest == {"step": 100, "timeline": 0, "scalars": SCALARS, "metadata": METADATA}
         assert {n: _bits(t) for n, t in tensors.items()} == {n: _bits(t) for n, t in _reference().items()}
         shards.append(rows)
     if loaded[0] == 4:
@@ -177,7 +177,7 @@ def test_the_manifest_says_where_every_row_is(tmp_path: Path) -> None:
 def test_one_process_needs_no_process_group(tmp_path: Path) -> None:
     path = save(tmp_path, TrainingState({"w": torch.arange(6.0).view(3, 2)}, {"n": 1}), step=3, metadata={})
     state = TrainingState({"w": torch.zeros(3, 2)})
-    assert load(path, state) == {"step": 3, "scalars": {"n": 1}, "metadata": {}}
+    assert load(path, state) == {"step": 3, "timeline": 0, "scalars": {"n": 1}, "metadata": {}}
     assert state.tensors["w"].tolist() == [[0, 1], [2, 3], [4, 5]]
 
 

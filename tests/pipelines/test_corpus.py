@@ -6,6 +6,8 @@ import pytest
 
 from pipelines.config import FilesCorpusConfig, StdlibCorpusConfig
 from pipelines.corpus import Corpus, open_corpus
+from pipelines.cutting import cut
+from pipelines.documents import Document, read_documents
 from pipelines.errors import UserError
 from tests.pipelines.plain_corpus import held_out
 
@@ -14,8 +16,18 @@ def _files(*paths: Path | str) -> Corpus:
     return open_corpus(FilesCorpusConfig(paths=[str(path) for path in paths]))
 
 
+def _documents(corpus: Corpus) -> list[tuple[str, Document]]:
+    """Names and documents; of files that are a document each."""
+    read = ((piece, read_documents(piece, corpus.reading)) for piece in cut(corpus))
+    return [
+        (piece.name(place, 0), document)
+        for piece, found in read
+        for place, document in zip(found.places, found.documents, strict=True)
+    ]
+
+
 def _names(corpus: Corpus) -> list[str]:
-    return [document.name for _, document in corpus.documents()]
+    return [name for name, _ in _documents(corpus)]
 
 
 def _fill(folder: Path, **contents: str | bytes) -> None:
@@ -55,10 +67,10 @@ def test_stdlib_corpus_without_an_installed_test_suite_is_what_is_there(
 def test_split_is_decided_by_content_alone(tmp_path: Path) -> None:
     _fill(tmp_path / "one", **{f"n{number}": f"text {number}" for number in range(400)})
     _fill(tmp_path / "two", **{f"m{number}": f"text {number}" for number in range(400)})
-    documents = [document for _, document in _files(tmp_path).documents()]
-    assert [document.held_out for document in documents] == [held_out(document.content) for document in documents]
+    documents = _documents(_files(tmp_path))
+    assert [document.held_out for _, document in documents] == [held_out(item.content) for _, item in documents]
     one, two = (
-        {document.content for document in documents if document.held_out and document.name.startswith(folder)}
+        {document.content for name, document in documents if document.held_out and name.startswith(folder)}
         for folder in ("one", "two")
     )
     assert one == two
@@ -67,9 +79,9 @@ def test_split_is_decided_by_content_alone(tmp_path: Path) -> None:
 
 def test_split_of_a_document_does_not_change_when_others_are_added(tmp_path: Path) -> None:
     _fill(tmp_path, **{f"n{number}": f"text {number}" for number in range(0, 400, 2)})
-    before = {document.name: document.held_out for _, document in _files(tmp_path).documents()}
+    before = {name: document.held_out for name, document in _documents(_files(tmp_path))}
     _fill(tmp_path, **{f"n{number}": f"text {number}" for number in range(400)})
-    after = {document.name: document.held_out for _, document in _files(tmp_path).documents()}
+    after = {name: document.held_out for name, document in _documents(_files(tmp_path))}
     assert len(after) == 2 * len(before)
     assert {name: after[name] for name in before} == before
 
@@ -100,22 +112,31 @@ def test_relative_and_home_paths_are_understood(tmp_path: Path, monkeypatch: pyt
     assert _names(_files("a.txt")) == _names(_files("~/a.txt")) == _names(_files("*.txt")) == ["a.txt"]
 
 
-@pytest.mark.parametrize("path", ["absent.txt", "absent/*.txt"])
-def test_missing_path_is_refused_by_its_key(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UserError, match=r"data\.corpus\.paths: .*absent.* does not exist"):
+@pytest.mark.parametrize(
+    ("path", "problem"), [("absent.txt", "does not exist"), ("absent/*.txt", "no file matches this pattern")]
+)
+def test_missing_path_is_refused_with_the_place_where_it_was_looked_for(
+    tmp_path: Path, path: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError) as caught:
         _files(tmp_path / path)
+    assert str(caught.value) == f"{tmp_path / path}: {problem}"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        _files(path)
+    assert str(caught.value) == f"{path}: {problem} (looked for {tmp_path / path})"
 
 
 def test_binary_file_that_was_named_is_refused(tmp_path: Path) -> None:
     _fill(tmp_path, binary=b"a\0b")
-    with pytest.raises(UserError, match=r"data\.corpus\.paths: .*binary\.txt is not a text file"):
+    with pytest.raises(UserError, match=r"binary\.txt: is not a text file"):
         _names(_files(tmp_path / "binary.txt"))
     with pytest.raises(UserError, match="not a text file"):
         _names(_files(tmp_path, tmp_path / "binary.txt"))
 
 
 def test_folder_without_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.corpus: no files found in"):
+    with pytest.raises(UserError, match=r"no files found there"):
         _files(tmp_path)
 
 

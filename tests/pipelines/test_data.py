@@ -240,3 +240,48 @@ def test_training_and_validation_never_share_a_document(shards: Shards) -> None:
     assert names[0]
     assert names[1]
     assert not names[0] & names[1]
+
+
+def _masked(**changes: int) -> RunConfig:
+    config = _config(**changes)
+    return config.model_copy(update={"data": config.data.model_copy(update={"intra_document_masking": True})})
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_documents_of_a_batch_are_those_that_its_tokens_were_read_from(shards: Shards, lookahead: int) -> None:
+    dataset = TokenDataset(shards.train, S, lookahead)
+    batches = TrainBatches(dataset, _masked(batch=8, micro=2), 0, 1)
+    for step in range(20):
+        rows = zip(batches.sample_ids(step).tolist(), _documents(batches(step)), strict=True)
+        for sample, documents in rows:
+            spans = shards.train.documents(sample * S, sample * S + S + 1 + lookahead)
+            expected = [number for number, span in enumerate(spans) for _ in range(span.end - span.start)]
+            assert documents.tolist() == expected
+
+
+def _documents(batches: list[Batch]) -> torch.Tensor:
+    return torch.cat([_given(batch.documents_BL) for batch in batches])
+
+
+def _given(documents_BL: torch.Tensor | None) -> torch.Tensor:
+    assert documents_BL is not None
+    return documents_BL
+
+
+def test_validation_batches_know_their_documents_and_are_otherwise_the_same(shards: Shards) -> None:
+    dataset = TokenDataset(shards.validation, S)
+    plain = list(ValidationBatches(dataset, _config(max_tokens=S * 13), 0, 1))
+    masked = list(ValidationBatches(dataset, _masked(max_tokens=S * 13), 0, 1))
+    assert any(batch.real_BL is not None for batch in masked)
+    for one, other in zip(plain, masked, strict=True):
+        assert one.documents_BL is None
+        assert torch.equal(one.ids_BL, other.ids_BL)
+        assert (one.real_BL is None) == (other.real_BL is None)
+        # A document number rises exactly behind a document token.
+        rises = _given(other.documents_BL).diff(dim=1)
+        assert torch.equal(rises == 1, other.ids_BL[:, :-1] == 256)
+        assert torch.equal(rises == 0, other.ids_BL[:, :-1] != 256)
+
+
+def test_without_masking_a_batch_names_no_documents(dataset: TokenDataset) -> None:
+    assert all(batch.documents_BL is None for batch in _train(dataset, 1)(0))

@@ -1,12 +1,5 @@
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +10,8 @@ from pipelines.run_folder import read_json, write_json
 from pipelines.spool import TRAIN, SpoolWriter
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import TrackingStore, open_store
-from tests.pipelines.tracked import DATASET, config, points, train
+from tests.pipelines.mlflow_server import Server, wait_until
+from tests.pipelines.tracked import DATASET, checkpoint, checkpoints_in, config, points, train
 
 
 def test_a_crash_after_sending_leaves_every_point_once(store: TrackingStore) -> None:
@@ -43,50 +37,6 @@ def test_a_record_above_the_limit_of_a_request_arrives(store: TrackingStore) -> 
     arrived = store.client.get_run(tracker.info.id).data.metrics
     assert {name: value for name, value in arrived.items() if name in metrics} == metrics
     assert arrived["train/loss"] == 1.0
-
-
-class Server:
-    """An MLflow server of the test's own, in a process group of its own."""
-
-    def __init__(self, database: Path, log: Path) -> None:
-        self.database = database
-        self.log = log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
-        command += ["--artifacts-destination", str(self.database.parent / "served")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        wait_until(self.answers)
-
-    def answers(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, self.log.read_text()
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -125,9 +75,11 @@ def test_what_a_dead_server_did_not_get_is_told_and_delivered_later(
     with Tracker.start(config(), open_store(server.uri), dataset=DATASET) as tracker:
         server.kill()
         train(tracker.folder, 1, 600)
+        checkpoint(tracker.folder, 600)
     assert tracker.undelivered is not None
     assert "\n" not in tracker.undelivered
-    assert re.match(r"1,201 points and the ending of run run-1 could not be delivered", tracker.undelivered)
+    told = r"1,201 points and the ending and 1 checkpoint of run run-1 could not be delivered"
+    assert re.match(told, tracker.undelivered)
     assert "`steadymoe deliver run-1` sends them" in tracker.undelivered
     server.start()
     assert deliver(tracker.folder) is None
@@ -135,3 +87,6 @@ def test_what_a_dead_server_did_not_get_is_told_and_delivered_later(
     assert run.info.status == "FINISHED"
     assert run.data.metrics["final/loss"] == 0.0083
     assert len(points(tracker.store.client, tracker.folder, "train/loss")) == 600
+    assert checkpoints_in(tracker.store.client, tracker.folder) == {
+        "run-1-step00000600": {"train/loss": 5 / 600, "val/loss": 0.01}
+    }

@@ -33,9 +33,14 @@ def test_finals_are_the_last_finite_values_rounded() -> None:
 
 
 def test_a_loss_that_came_back_has_not_diverged() -> None:
-    told = history((TRAIN, 1, {"train/loss": NAN}), (TRAIN, 2, {"train/loss": 2.0, "train/grad_norm": math.inf}))
+    told = history((TRAIN, 1, {"train/loss": NAN}), (TRAIN, 2, {"train/loss": 2.0, "train/update_norm": math.inf}))
     assert told.finals() == {"final/loss": 2.0, "final/diverged": 0.0}
-    assert told.first_non_finite == {"train/loss": 1, "train/grad_norm": 2}
+    assert told.first_non_finite == {"train/loss": 1, "train/update_norm": 2}
+
+
+def test_a_gradient_that_is_not_finite_is_a_divergence_though_the_loss_is() -> None:
+    told = history((TRAIN, 1, {"train/loss": 2.0, "train/grad_norm": math.inf}))
+    assert told.finals() == {"final/loss": 2.0, "final/diverged": 1.0}
 
 
 def test_speed_leaves_out_the_start_up() -> None:

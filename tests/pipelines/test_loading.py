@@ -92,7 +92,7 @@ def test_every_preset_loads_and_survives_dumping(name: str, tmp_path: Path) -> N
 
 
 def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) -> None:
-    for text in ["1e-3", "null", "true", "", "010", "a: b", "ü# x", "2024-01-01"]:
+    for text in ["1e-3", "null", "true", " ", "010", "a: b", "ü# x", "2024-01-01"]:
         config = RunConfig.model_validate({"tracking": {"run_name": text}})
         assert load_config([write(tmp_path, "dumped.yaml", dump_config(config))]) == config
 
@@ -115,6 +115,12 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         # types and ranges
         ("model.num_layers=four", "model.num_layers: should be a valid integer"),
         ("model.num_layers=2.5", "model.num_layers: should be a valid integer"),
+        ("model.num_layers=yes", "model.num_layers: should be a valid integer"),
+        ('model.num_layers="4"', "model.num_layers: should be a valid integer, got the text '4'"),
+        ("schedule.steps=1e3", "schedule.steps: should be a valid integer, got 1000.0"),
+        ("optimizer.lr=true", "optimizer.lr: should be a valid number, got true"),
+        ("tracking.per_layer=1", "tracking.per_layer: should be a valid boolean, got 1"),
+        ('tracking.run_name=""', "tracking.run_name: should have at least 1 character"),
         ("model.num_layers=0", "model.num_layers: should be greater than 0, got 0"),
         ("model.num_layers.deep=3", "model.num_layers: should be a valid integer, got a mapping"),
         ("optimizer.lr=.nan", "optimizer.lr: should be a finite number, got nan"),

@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import multiprocessing
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipelines.checkpoints import newest_valid
-from pipelines.loop import Ending
+from pipelines.checkpoint_manifest import checkpoint_folders, read_manifest
+from pipelines.checkpoint_standing import newest_valid, standing
+from pipelines.checkpoints import CheckpointError
+from pipelines.notes import read_notes
+from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from tests.distributed import run_distributed
 from tests.pipelines.small_run import metrics_of, run_loop
+
+FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +116,96 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert newest_valid(folder) == folder / "step-00000008"
     run_loop(0, 1, tmp_path / "run", ())
     assert newest_valid(folder) == folder / "step-00000012"
+    assert [read_manifest(path).timeline for path in checkpoint_folders(folder)] == [0, 0, 1]
+
+
+def _run_on_a_small_disk(rank: int, world: int, run: Path, free: int) -> str:
+    prepared = ("checkpoint.every_steps=3",)
+    run_loop(rank, world, run, (*prepared, "schedule.steps=3", "schedule.decay.kind=constant"))
+    # Python ignores SIGXFSZ, so that writing past this many bytes is an error like that of a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError) as caught:
+        run_loop(rank, world, run, (*prepared, "schedule.decay.kind=constant"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(tmp_path: Path, world: int) -> None:
+    run, constant = tmp_path / "run", ("schedule.decay.kind=constant", "checkpoint.every_steps=3")
+    run_distributed(run_loop, world, tmp_path / "whole", constant)
+    complaints = run_distributed(_run_on_a_small_disk, world, run, 200_000)
+    # All steps were taken; that the last state is lost is the end of the command, and not a silent one.
+    assert complaints == [complaints[0]] * world
+    assert complaints[0].startswith("the checkpoint of step 12 could not be written")
+    assert "the last one is of step 3" in complaints[0]
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    notes = [note.text for note in read_notes(RunFolder(run).notes) if note.kind == "checkpoint"]
+    assert [text.partition(" could not be written, training goes on: ")[0] for text in notes] == [
+        "the checkpoint of step 6", "the checkpoint of step 9"
+    ]  # fmt: skip
+    assert newest_valid(RunFolder(run).checkpoints) == RunFolder(run).checkpoints / "step-00000003"
+    assert run_distributed(run_loop, world, run, constant) == [Ending("finished", 12)] * world
+    ours, theirs = (RunFolder(folder).checkpoints / "step-00000012" for folder in (run, tmp_path / "whole"))
+    for file in theirs.glob("*.safetensors"):
+        assert (ours / file.name).read_bytes() == file.read_bytes()
+
+
+def _run_saving_each_step(run: Path) -> None:
+    assert run_loop(0, 1, run, ("checkpoint.every_steps=1", "checkpoint.keep=2")) == Ending("finished", 12)
+
+
+def test_a_run_killed_while_it_writes_checkpoints_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    _run_saving_each_step(tmp_path / "whole")
+    run, torn = tmp_path / "run", 0
+    for _ in range(200):
+        process = FORKSERVER.Process(target=_run_saving_each_step, args=(run,), daemon=True)
+        process.start()
+        while torn < 3 and process.is_alive():
+            if any(RunFolder(run).checkpoints.glob(".step-*/*.safetensors")):
+                process.kill()
+                process.join()
+                # Without what it was writing, the save was quicker than the kill, and the next process gets it.
+                torn += any(RunFolder(run).checkpoints.glob(".step-*"))
+        process.join()
+        if process.exitcode == 0:
+            break
+    assert (process.exitcode, torn) == (0, 3)
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert not any(RunFolder(run).checkpoints.glob(".step-*"))
+
+
+def test_an_older_checkpoint_with_a_damaged_manifest_is_in_nobodys_way(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_distributed(run_loop, 2, run, ("checkpoint.confirm_steps=99",))
+    (RunFolder(run).checkpoints / "step-00000004" / "manifest.json").write_text("{")
+    assert run_distributed(run_loop, 2, run, ("schedule.steps=14",)) == [Ending("finished", 14)] * 2
+
+
+def test_a_stop_is_taken_at_the_same_step_by_all_ranks_and_saved(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.stop.touch()
+    reason = "asked to stop at step 1"
+    assert run_distributed(run_loop, 2, run.path, ()) == [Ending("stopped", 1, reason)] * 2
+    assert newest_valid(run.checkpoints) == run.checkpoints / "step-00000001"
+    run.stop.unlink()
+    assert run_distributed(run_loop, 2, run.path, ()) == [Ending("finished", 12)] * 2
+    run_distributed(run_loop, 2, tmp_path / "whole", ())
+    assert metrics_of(run.path) == metrics_of(tmp_path / "whole")
+
+
+def test_checkpoints_become_good_after_enough_further_steps(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run").checkpoints
+    settings = ("checkpoint.every_steps=2", "checkpoint.keep=9", "checkpoint.confirm_steps=5")
+    run_loop(0, 1, folder.parent, (*settings, "schedule.steps=6"))
+    states = {path.name[-2:]: standing(path).state for path in checkpoint_folders(folder)}
+    assert states == {"02": "unconfirmed", "04": "unconfirmed", "06": "unconfirmed"}
+    # The wait goes on where the run was cut off.
+    run_loop(0, 1, folder.parent, (*settings, "schedule.steps=12"))
+    states = {path.name[-2:]: standing(path).state for path in checkpoint_folders(folder)}
+    assert states == {
+        "02": "good", "04": "good", "06": "good", "08": "unconfirmed", "10": "unconfirmed", "12": "unconfirmed"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -121,7 +218,11 @@ def test_a_run_whose_loss_is_not_finite_ends_at_once_and_saves_nothing(tmp_path:
     assert {ending.outcome for ending in endings} == {"diverged"}
     assert endings[0].step == 5
     assert "step 5" in (endings[0].reason or "")
-    assert [path.name for path in RunFolder(run).checkpoints.iterdir()] == ["step-00000004"]
+    (spoilt_path,) = checkpoint_folders(RunFolder(run).checkpoints)
+    # What was saved so shortly before may be the cause, and here it is: nobody resumes from it again.
+    assert (spoilt_path.name, standing(spoilt_path).state) == ("step-00000004", "suspect")
+    assert run_distributed(run_loop, world, run, ("schedule.steps=5",)) == [Ending("finished", 5)] * world
+    assert read_manifest(RunFolder(run).checkpoints / "step-00000005").timeline == 1
 
 
 def _spoil(shard: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipelines.notes import Note, add_note
 from pipelines.progress import RunProgress, clock
+from pipelines.run_folder import RunFolder
 from pipelines.spool import START, TRAIN, VALIDATION, Record
 
 Write = Callable[..., None]
@@ -31,7 +33,7 @@ def write(spool: Path) -> Write:
 
 def shown_lines(spool: Path, steps: int, fill: Callable[[RunProgress], None]) -> list[str]:
     output = io.StringIO()
-    with RunProgress(spool, steps, Console(file=output, width=40)) as progress:
+    with RunProgress(RunFolder(spool.parent), steps, Console(file=output, width=40)) as progress:
         fill(progress)
     assert "\r" not in output.getvalue()
     assert "\x1b" not in output.getvalue()
@@ -77,6 +79,21 @@ def test_a_resumed_run_shows_only_its_own_part(spool: Path, write: Write) -> Non
     assert [line.split() for line in lines] == [["step", "3/100", "loss", "7.000"]]
 
 
+def test_what_happened_beside_the_steps_is_said_once(spool: Path, write: Write) -> None:
+    notes = RunFolder(spool.parent).notes
+    add_note(notes, Note("resume", "of an earlier command"))
+
+    def fill(progress: RunProgress) -> None:
+        write(TRAIN, 1, 1, train__loss=2.0)
+        add_note(notes, Note("death", "worker 1 died; starting again"))
+        progress.poll()
+        progress.poll()
+
+    lines = shown_lines(spool, 100, fill)
+    assert lines.count("worker 1 died; starting again") == 1
+    assert "of an earlier command" not in lines
+
+
 def test_a_loss_that_is_not_a_number_is_shown_as_such(spool: Path, write: Write) -> None:
     def fill(progress: RunProgress) -> None:
         write(TRAIN, 1, 1, train__loss=2.0)
@@ -89,7 +106,7 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such(spool: Path, write: Write)
 def test_a_terminal_gets_a_bar(spool: Path, write: Write) -> None:
     output = io.StringIO()
     console = Console(file=output, width=100, force_terminal=True, color_system=None)
-    with RunProgress(spool, 50, console) as progress:
+    with RunProgress(RunFolder(spool.parent), 50, console) as progress:
         progress.phase("starting 2 Ray workers")
         for step in range(1, 26):
             write(TRAIN, step, step, train__loss=2.25, train__tokens_per_second=1234)

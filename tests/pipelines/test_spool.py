@@ -99,15 +99,25 @@ def full_disk(free: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_costs_records_and_nothing_else(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_full_disk_records_wait_until_there_is_room(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
     with SpoolWriter(spool) as writer:
         writer.write(TRAIN, 1, {"train/loss": 1.0})
         with full_disk(spool.stat().st_size + 20):
             writer.write(TRAIN, 2, {"train/loss": 2.0})
             writer.write(TRAIN, 3, {"train/loss": 3.0})
         assert [message.split(":")[0] for message in caplog.messages] == [
-            "metrics of step 2 and on are not recorded for now"
+            "metrics of step 2 and on are not on the disk yet"
         ]
         assert [record.step for record in SpoolReader(spool).read()] == [1]
         writer.write(TRAIN, 4, {"a": 4.0})
-    assert [line["step"] for line in lines(spool)] == [1, 4]
+    assert [line["step"] for line in lines(spool)] == [1, 2, 3, 4]
+
+
+def test_what_found_no_room_to_the_end_is_counted(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = SpoolWriter(spool)
+    writer.write(TRAIN, 1, {"train/loss": 1.0})
+    with full_disk(spool.stat().st_size + 20):
+        writer.write(TRAIN, 2, {"train/loss": 2.0})
+        writer.close()
+    assert caplog.messages[-1].startswith("1 records of metrics are lost: ")
+    assert [line["step"] for line in lines(spool)] == [1]

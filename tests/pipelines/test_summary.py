@@ -56,12 +56,14 @@ def test_a_local_run_says_how_to_open_it(home: Path) -> None:
         "--host 127.0.0.1 --port 5000",
         f"--backend-store-uri {database} ",
         f"-destination {home}/mlartifacts",
+        f"--default-artifact-root file://{home}/mlartifacts ",
     ):
         assert part in command
     assert any(str(home / "runs" / "abc123") in line for line in lines)
     link = "http://127.0.0.1:5000/#/experiments/7/runs"
+    view = "workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=training"
     assert any(line.endswith(f" {link}/abc123?workflowType=machine_learning") for line in lines)
-    assert any(line.endswith(f" {link}?workflowType=machine_learning") for line in lines)
+    assert any(line.endswith(f" {link}?{view}") for line in lines)
     (home / "Makefile").write_text("ui:\n")
     assert f"make -C {home} ui" in summary(run_with(database))
 

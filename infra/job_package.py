@@ -1,0 +1,123 @@
+"""What a job gets: a copy of the project's packages and of the user's YAML files, and the command that runs there."""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pipelines
+from pipelines.arguments import TrainArguments
+from pipelines.command_line import parse
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from pipelines.loading import FILE_SUFFIX
+from pipelines.prepare import absolute_paths
+from pipelines.tracking_store import SQLITE
+
+PACKAGES = ("moe", "pipelines", "tuning", "infra")
+# The command line's name of what can be a job, and what Python runs for it.
+_MODULES = {"train": "pipelines.train"}
+_FILES = "configs"
+_PATHS = (("data", "corpus", "paths"), ("data", "corpus", "path"), ("data", "tokenizer"), ("tracking", "uri"))
+"""Keys that hold paths."""
+
+
+@dataclass(frozen=True)
+class JobCommand:
+    """A command that is right, as far as that can be told before it runs."""
+
+    module: str
+    words: list[str]
+    """Its arguments, as they hold in the copy."""
+    files: dict[str, Path]
+    """The user's files by their path in the copy."""
+    resume: str | None
+    """The run that it continues."""
+
+    @property
+    def entrypoint(self) -> str:
+        """The command line of the job's driver."""
+        return shlex.join(["python", "-m", self.module, *self.words])
+
+
+def read_command(words: Sequence[str]) -> JobCommand:
+    """Check a command for a job, and make it independent of the folder where it was typed.
+
+    Raises:
+        UserError: it cannot be a job, or its arguments or its config are wrong; one line a problem.
+    """
+    if not words:
+        raise UserError("submit: no command given; for example: steadymoe submit -- train tiny")
+    name, *rest = words
+    if name not in _MODULES:
+        raise UserError(f"submit: {name!r} cannot run as a job; what can: {', '.join(_MODULES)}")
+    arguments = parse(TrainArguments, rest, f"steadymoe {name}")
+    if arguments.print_config:
+        raise UserError(f"--print-config: needs no job; steadymoe {name} --print-config shows the config")
+    if arguments.resume is not None:
+        return JobCommand(_MODULES[name], rest, {}, arguments.resume)
+    settings = _absolute_settings(arguments.config())
+    layers = dict.fromkeys(layer for layer in arguments.presets if layer.endswith(FILE_SUFFIX))
+    # Under its own name, which the run is named after; numbered folders, for two may have the same.
+    copies = {layer: f"{_FILES}/{number}/{Path(layer).name}" for number, layer in enumerate(layers)}
+    moved = _absolute_weights([copies.get(word, word) for word in rest])
+    options = [word for setting in settings for word in ("--set", setting)]
+    return JobCommand(_MODULES[name], moved + options, {copies[layer]: Path(layer) for layer in layers}, None)
+
+
+def pack(command: JobCommand, folder: Path) -> None:
+    """Copy the packages and the user's files to an empty folder, which becomes the job's working directory.
+
+    The packages alone, by name: the project's root may hold corpora, runs and the cluster's token.
+    """
+    root = Path(pipelines.__file__).parents[1]
+    for package in PACKAGES:
+        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, source in command.files.items():
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copy(source, folder / name)
+
+
+def _absolute_settings(config: RunConfig) -> list[str]:
+    """Settings that replace relative paths of a config, which would point into the copy, by absolute ones."""
+    uri = config.tracking.uri
+    if uri and uri.startswith(SQLITE):
+        uri = SQLITE + os.path.abspath(uri.removeprefix(SQLITE))
+    moved = config.model_copy(
+        update={
+            "data": absolute_paths(config.data),
+            "tracking": config.tracking.model_copy(update={"uri": uri}),
+        }
+    )
+    before, after = config.model_dump(mode="json"), moved.model_dump(mode="json")
+    # JSON is YAML.
+    return [f"{'.'.join(key)}={json.dumps(_at(after, key))}" for key in _PATHS if _at(after, key) != _at(before, key)]
+
+
+def _at(tree: Any, key: tuple[str, ...]) -> Any:
+    """The value of a key; None where another kind of section has no such key."""
+    for part in key:
+        tree = tree.get(part, {})
+    return tree or None
+
+
+def _absolute_weights(words: Sequence[str]) -> list[str]:
+    """The words of a command with the folder after ``--init-from`` made absolute."""
+    moved: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if moved[-1:] == ["--init-from"]:
+            moved.append(_absolute(word))
+        elif option == "--init-from" and equals:
+            moved.append(f"{option}={_absolute(value)}")
+        else:
+            moved.append(word)
+    return moved
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

@@ -1,0 +1,82 @@
+"""The training of one run by Ray Train workers, as the driver sees it: from their start to how it ended."""
+
+import time
+
+from pipelines.config import RunConfig
+from pipelines.interrupts import Interrupts
+from pipelines.notes import read_notes
+from pipelines.outcome import Ending
+from pipelines.progress import RunProgress
+from pipelines.ray_session import uses_gpu, worker_environment
+from pipelines.run_folder import RunFolder
+from pipelines.shards import Shards
+from pipelines.worker import WorkerJob, train_worker
+
+# A collective that takes longer than this has lost a peer; torch waits 30 minutes otherwise.
+_COLLECTIVE_TIMEOUT_S = 300
+
+
+def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgress, interrupts: Interrupts) -> Ending:
+    """Run the workers to the end of training, through their failures and the user's interrupts. Needs a Ray session.
+
+    Raises:
+        KeyboardInterrupt: the user does not want to wait, or nothing was trained that could be saved.
+    """
+    started_ms = time.time_ns() // 1_000_000
+    folder.stop.unlink(missing_ok=True)
+
+    def stop() -> bool:
+        if not progress.has_trained:
+            return False
+        folder.stop.touch()
+        progress.say("Stopping after this step, and saving; a second time ends the run at once, without saving.")
+        return True
+
+    try:
+        return interrupts.wait(lambda: _run_workers(config, shards, folder, started_ms), stop)
+    finally:
+        folder.stop.unlink(missing_ok=True)
+
+
+def _run_workers(config: RunConfig, shards: Shards, folder: RunFolder, started_ms: int) -> Ending:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.failures import WorkerFailures
+    from pipelines.process_group import torch_config
+
+    gpu = uses_gpu(config)
+    job = WorkerJob(
+        config=config.model_dump(mode="json"),
+        run_folder=str(folder.path),
+        shards=str(shards.folder),
+        started_ms=started_ms,
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=dict(job),
+        torch_config=torch_config("nccl" if gpu else "gloo", _COLLECTIVE_TIMEOUT_S),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.parallel.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": config.parallel.threads, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=str(folder.path),
+            worker_runtime_env={"env_vars": worker_environment(config)},
+            failure_config=ray.train.FailureConfig(max_failures=config.recovery.max_restarts),
+            callbacks=[WorkerFailures(folder.notes)],
+        ),
+    )
+    try:
+        return Ending(**trainer.fit().return_value)
+    except ray.train.TrainingFailedError as error:
+        return Ending("failed", 0, _why(folder, started_ms, config.recovery.max_restarts, error))
+
+
+def _why(folder: RunFolder, started_ms: int, max_restarts: int, error: Exception) -> str:
+    failures = [n for n in read_notes(folder.notes) if n.time_ms >= started_ms and n.kind in ("death", "error")]
+    if not failures:
+        return str(error)  # of the controller; the workers did not fail
+    return f"{failures[-1].text} (after {max_restarts} restarts, recovery.max_restarts)"

@@ -1,0 +1,130 @@
+"""The checkpoints of a run while it trains: when they are written, confirmed, condemned and deleted."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moe.state import JSON
+from moe.trainer import Trainer
+from pipelines import checkpoints
+from pipelines.checkpoint_manifest import CheckpointError, checkpoint_folders, step_of
+from pipelines.checkpoint_standing import condemn, mark, newer_than, newest_valid, prune, standing
+from pipelines.config import CheckpointConfig
+from pipelines.notes import Note, add_note
+from pipelines.run_folder import RunFolder
+
+
+class CheckpointKeeper:
+    """Saves a trainer's state and takes it up again. Every rank has one; rank 0's alone changes what is on the disk.
+
+    ``saved_at`` is the step of the checkpoint that the next resume would find, 0 without one.
+    """
+
+    def __init__(
+        self, trainer: Trainer, folder: RunFolder, config: CheckpointConfig, metadata: dict[str, JSON]
+    ) -> None:
+        """``metadata`` goes into every manifest."""
+        self._trainer = trainer
+        self._folder = folder
+        self._config = config
+        self._metadata = metadata
+        self._timeline = 0
+        self._leads = trainer.ranks.rank == 0
+        self._unconfirmed: dict[int, Path] = {}
+        self.saved_at = 0
+
+    def resume(self) -> bool:
+        """Take up the newest resumable checkpoint; whether there was one. Collective.
+
+        What is newer than that, being damaged or suspect, is discarded: from here on the run tells another story.
+
+        Raises:
+            CheckpointError: it does not fit the config, or became damaged since it was found.
+        """
+        # Rank 0 looks, so that all ranks take the same.
+        found: list[tuple[Path | None, bool]] = [self._look() if self._leads else (None, False)]
+        if self._trainer.ranks.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        path, went_back = found[0]
+        self._timeline = int(went_back)
+        if path is None:
+            return False
+        restored = checkpoints.load(path, self._trainer.state())
+        self._trainer.restore(restored["scalars"])
+        self._timeline += restored["timeline"]
+        self.saved_at = self._trainer.steps_done
+        if self._leads:
+            known = {p: standing(p) for p in checkpoint_folders(self._folder.checkpoints)}
+            waiting = [p for p, found in known.items() if found.state == "unconfirmed"]
+            self._unconfirmed = {step_of(p): p for p in waiting}
+        return True
+
+    def save(self, *, required: bool) -> None:
+        """Save a checkpoint, then delete what is not needed any more. Collective.
+
+        Training goes on without a checkpoint that cannot be written, a full disk for instance: the older ones are as
+        they were, and the run says so in its notes.
+
+        Raises:
+            CheckpointError: it cannot be written, and is ``required`` because training ends here.
+        """
+        step = self._trainer.steps_done
+        if self.saved_at == step:
+            return
+        try:
+            path = checkpoints.save(
+                self._folder.checkpoints,
+                self._trainer.state(),
+                step=step,
+                metadata=self._metadata,
+                timeline=self._timeline,
+            )
+        except CheckpointError as error:
+            if required:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} could not be written ({error}); the last one is of step "
+                    f"{self.saved_at}, and `steadymoe train --resume` goes on from there"
+                ) from error
+            self._note(f"the checkpoint of step {step} could not be written, training goes on: {error}")
+            return
+        self.saved_at = step
+        if self._leads:
+            self._unconfirmed[step] = path
+            self._try(partial(prune, self._folder.checkpoints, self._config.keep), "deleted")
+
+    def step_taken(self) -> None:
+        """After every step that was taken: confirm the checkpoints that lie far enough behind."""
+        due = [step for step in self._unconfirmed if step + self._config.confirm_steps <= self._trainer.steps_done]
+        for step in due:
+            path = self._unconfirmed.pop(step)
+            if path.exists():
+                self._try(partial(mark, path, "good"), "confirmed")
+
+    def event(self, name: str) -> None:
+        """Something is wrong with training at this step: what is not confirmed yet may be poisoned already."""
+        if self._leads:
+            self._try(partial(condemn, self._folder.checkpoints, name), "marked as suspect")
+            self._unconfirmed.clear()
+
+    def _look(self) -> tuple[Path | None, bool]:
+        """The checkpoint to take up, and whether newer ones were discarded for it."""
+        folder = self._folder.checkpoints
+        path = newest_valid(folder)
+        newer = newer_than(folder, path)
+        for discarded in newer:
+            self._note(f"checkpoint {discarded.name} is damaged or suspect, and was passed over")
+            self._try(partial(mark, discarded, "discarded"), "discarded")
+        return path, bool(newer)
+
+    def _try(self, action: Callable[[], object], what: str) -> None:
+        """Bookkeeping on a disk that may be full: what fails is noted, and training goes on."""
+        try:
+            action()
+        except OSError as error:
+            self._note(f"checkpoints could not be {what}: {error}")
+
+    def _note(self, text: str) -> None:
+        if self._leads:
+            add_note(self._folder.notes, Note("checkpoint", text))

@@ -1,0 +1,44 @@
+"""Runs whose driver vanished: their lock is free, and nothing else ended them."""
+
+import logging
+import threading
+from collections.abc import Iterator
+
+from pipelines.delivery import Delivery
+from pipelines.ending import end_if_orphaned
+from pipelines.errors import UserError, first_line
+from pipelines.run_folder import RunFolder, read_json, run_folders
+from pipelines.run_lock import run_lock
+from pipelines.tracking_store import TrackingStore, shown
+
+_log = logging.getLogger(__name__)
+
+
+def end_orphans(store: TrackingStore) -> None:
+    """End the orphans among the runs that ``store`` tracks, and send it what of ended runs it did not get.
+
+    What cannot be sent now is tried again the next time that somebody comes by.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for folder in _unfinished(store):
+        try:
+            with run_lock(folder):
+                end_if_orphaned(folder)
+                Delivery(store.client, folder).send()
+        except (UserError, MlflowException, SQLAlchemyError, OSError) as error:
+            # Most often because the run is alive, in another process.
+            _log.info("run %s is left as it is: %s", folder.path.name, first_line(error))
+
+
+def end_orphans_in_background(store: TrackingStore) -> None:
+    """`end_orphans` in a thread: a new run need not wait for old ones."""
+    threading.Thread(target=end_orphans, args=(store,), name="orphans", daemon=True).start()
+
+
+def _unfinished(store: TrackingStore) -> Iterator[RunFolder]:
+    for folder in run_folders():
+        delivered = folder.ending.exists() and read_json(folder.delivered).get("ended", False)
+        if not delivered and folder.info.tracking_uri == shown(store.uri):
+            yield folder

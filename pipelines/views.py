@@ -1,0 +1,163 @@
+"""The saved views that every experiment gets, and how they get there.
+
+A new view is an entry here. Titles of sections are numbered, names of metrics are the titles of their charts. What may
+explode is on a logarithmic axis: on a linear one, a run at a loss of 60 flattens all others into one line.
+"""
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from pipelines.errors import first_line
+from pipelines.saved_view import BarChart, LineChart, Section, View, read_state
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_DESCRIPTION_TAG = "mlflow.note.content"
+# A description that begins so is this module's own.
+_LEAD = "Charts of these runs:"
+
+_log = logging.getLogger(__name__)
+
+_COLUMNS = (
+    "metrics.final/loss",
+    "metrics.final/val_loss",
+    "metrics.final/diverged",
+    "params.optimizer.lr",
+    "params.schedule.steps",
+    "params.stability.balance.kind",
+    "params.stability.balance.bias_update_rate",
+    "params.stability.clip.kind",
+    "params.parallel.workers",
+    "params.seed",
+    "attributes.Models",
+)
+
+TRAINING = View(
+    key="training",
+    name="Training",
+    sections=(
+        Section(
+            "1 Loss",
+            (
+                LineChart("train/loss", "log"),
+                LineChart("val/loss", "log"),
+                LineChart("train/loss_max", "log"),
+                LineChart("val/nats_per_byte", "log"),
+            ),
+        ),
+        Section(
+            "2 Gradients and learning rate",
+            (
+                LineChart("train/grad_norm", "log"),
+                LineChart("train/update_norm", "log"),
+                LineChart("train/lr"),
+                LineChart("train/clip_factor"),
+            ),
+        ),
+        Section(
+            "3 Routing",
+            (
+                LineChart("moe/max_vio_batch"),
+                LineChart("moe/max_vio_global"),
+                LineChart("moe/dead_experts"),
+                LineChart("moe/bias_abs_max"),
+                LineChart("moe/router_entropy"),
+                LineChart("moe/router_logit_max", "log"),
+            ),
+        ),
+        Section("4 Speed", (LineChart("train/tokens_per_second"), LineChart("train/ep_bytes_per_token"))),
+        Section("5 Final figures", (BarChart("final/loss"), BarChart("final/val_loss"))),
+    ),
+    columns=_COLUMNS,
+    search="tags.role = 'train'",
+)
+
+ROUTING = View(
+    key="routing",
+    name="Routing",
+    sections=(
+        Section(
+            "1 Load balance",
+            (
+                LineChart("moe/max_vio_batch"),
+                LineChart("moe/max_vio_batch_worst"),
+                LineChart("moe/max_vio_global"),
+                LineChart("moe/max_vio_global_worst"),
+                LineChart("moe/dead_experts"),
+                LineChart("train/balance_loss"),
+            ),
+        ),
+        Section(
+            "2 Bias and router",
+            (
+                LineChart("moe/bias_abs_max"),
+                LineChart("moe/router_entropy"),
+                LineChart("moe/router_logit_max", "log"),
+                LineChart("grad_norm/router", "log"),
+            ),
+        ),
+        Section("3 What it costs", (LineChart("train/loss", "log"), LineChart("val/loss", "log"))),
+    ),
+    columns=_COLUMNS,
+    search="tags.role = 'train'",
+)
+
+VIEWS = (TRAINING, ROUTING)
+
+# Ten that are easy to tell apart (matplotlib's tab10), as many as runs are on the charts at first. The UI's own choice
+# gave two runs of five the same blue.
+_RUN_COLOURS = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+)
+
+
+def run_colour(number: int) -> str:
+    """The colour of a run in the UI: another one than that of the nine runs before it."""
+    return _RUN_COLOURS[number % len(_RUN_COLOURS)]
+
+
+def publish_views(client: "MlflowClient", experiment_id: str) -> None:
+    """Give an experiment the views, where it has not got them as they are here, and a description that leads to them.
+
+    A description that somebody has written stays, but a view that somebody has changed is written anew. Never raises
+    what a store may answer: without views a run is as good as with them, so that is a warning.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    now = time.time_ns() // 1_000_000
+    try:
+        tags = client.get_experiment(experiment_id).tags
+        for view in VIEWS:
+            if not _is_current(view, tags.get(view.tag)):
+                client.set_experiment_tag(experiment_id, view.tag, view.to_tag(now, now))
+        description = _description(experiment_id)
+        known = tags.get(_DESCRIPTION_TAG, "")
+        if known != description and (not known or known.startswith(_LEAD)):
+            client.set_experiment_tag(experiment_id, _DESCRIPTION_TAG, description)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        _log.warning("the saved views of the MLflow UI are not up to date: %s", first_line(error))
+
+
+def _description(experiment_id: str) -> str:
+    """In Markdown. Links without an address lead on from whatever address the UI is looked at under."""
+    links = (f"[{view.name}]({view.link(experiment_id).removeprefix('/')})" for view in VIEWS)
+    return f"{_LEAD} {', '.join(links)}"
+
+
+def _is_current(view: View, tag: str | None) -> bool:
+    try:
+        return tag is not None and read_state(tag) == view.to_state()
+    except ValueError:
+        return False

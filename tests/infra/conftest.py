@@ -1,0 +1,16 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests.infra.local_cluster import LocalCluster
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A running Ray head and MLflow server for all tests that only use them."""
+    found = LocalCluster(tmp_path_factory.mktemp("home"))
+    try:
+        found.up()
+        yield found
+    finally:
+        found.run("down")

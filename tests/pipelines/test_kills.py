@@ -1,0 +1,93 @@
+"""Runs that are killed and interrupted: what they lose is time."""
+
+import random
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.notes import read_notes
+from pipelines.run_folder import RunFolder
+from tests.pipelines.driver import Driver, await_steps, folders, run_steadymoe, sets, steps_of
+from tests.pipelines.small_run import metrics_of
+
+pytestmark = pytest.mark.slow
+
+PAIR = ("parallel.workers=2", "parallel.expert_parallel=2")
+
+
+def _losses(folder: RunFolder) -> dict[int, float]:
+    return {step: metrics["train/loss"] for step, metrics in metrics_of(folder.path).items()}
+
+
+def test_a_run_whose_workers_are_killed_three_times_equals_an_undisturbed_one(home: Path) -> None:
+    settings = sets(*PAIR, "schedule.steps=400", "checkpoint.every_steps=20", "checkpoint.confirm_steps=10")
+    run_steadymoe(home, "train", "micro", *settings, "--set", "tracking.run_name=whole")
+    chance = random.Random(0)
+    kill_at = sorted(chance.sample(range(30, 330), 3))
+    with Driver(home, "train", "micro", *settings, "--set", "tracking.run_name=killed") as driver:
+        for step in kill_at:
+            folder = await_steps("killed", step)
+            chance.choice(driver.workers()).kill()
+        assert driver.wait() == 0, driver.output()
+    assert [note.kind for note in read_notes(folder.notes)].count("death") == 3
+    assert _losses(folder) == _losses(folders()["whole"])
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    run = client.get_run(folder.info.id)
+    assert (run.info.status, run.data.tags["restarts"]) == ("FINISHED", "3")
+    points = client.get_metric_history(folder.info.id, "train/loss")
+    assert [point.step for point in points] == list(range(1, 401))
+
+
+def test_a_run_that_is_interrupted_in_every_way_equals_an_undisturbed_one_once_it_is_resumed(home: Path) -> None:
+    settings = sets(*PAIR, "schedule.steps=300", "checkpoint.every_steps=20", "validation.every_steps=100")
+    run_steadymoe(home, "train", "micro", *settings, "--set", "tracking.run_name=whole")
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+
+    with Driver(home, "train", "micro", *settings, "--set", "tracking.run_name=parts") as driver:
+        folder = await_steps("parts", 50)
+        driver.interrupt(signal.SIGINT)
+        assert driver.wait() == 130, driver.output()
+        assert "Stopping after this step, and saving" in driver.output()
+        assert "steadymoe train --resume parts" in driver.output()
+        assert "Traceback" not in driver.output()
+    stopped_at = steps_of(folder)
+    assert (folder.checkpoints / f"step-{stopped_at:08}" / "manifest.json").exists()
+    assert client.get_run(folder.info.id).info.status == "KILLED"
+
+    with Driver(home, "train", "--resume", "parts") as driver:
+        await_steps("parts", stopped_at + 50)
+        started, workers = driver.descendants(), driver.workers()
+        driver.process.kill()
+        driver.wait()
+        # They may take some steps before Ray ends them, and those would count as the next command's.
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert client.get_run(folder.info.id).info.status == "RUNNING"  # nobody was left to say otherwise
+
+    with Driver(home, "train", "--resume", "parts") as driver:
+        await_steps("parts", steps_of(folder) + 30)
+        driver.process.send_signal(signal.SIGTERM)
+        assert driver.wait() == 130, driver.output()
+    assert client.get_run(folder.info.id).info.status == "KILLED"
+
+    run_steadymoe(home, "train", "--resume", "parts")
+    assert client.get_run(folder.info.id).info.status == "FINISHED"
+    assert _losses(folder) == _losses(folders()["whole"])
+    points = client.get_metric_history(folder.info.id, "train/loss")
+    assert [point.step for point in points] == list(range(1, 301))
+    # Ray's processes end with the driver they belong to; its agents try for about a minute to say why.
+    _, left = psutil.wait_procs(started, timeout=180)
+    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_run_without_restarts_left_fails_and_says_why(home: Path) -> None:
+    settings = sets("schedule.steps=3000", "recovery.max_restarts=0", "tracking.run_name=once")
+    with Driver(home, "train", "micro", *settings) as driver:
+        folder = await_steps("once", 20)
+        driver.workers()[0].kill()
+        assert driver.wait() == 1, driver.output()
+    assert "The run ended early: worker 0 died" in driver.output()
+    assert "recovery.max_restarts" in driver.output()
+    assert MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_run(folder.info.id).info.status == "FAILED"
