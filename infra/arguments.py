@@ -52,6 +52,8 @@ class StatusArguments(BaseModel):
 class DownArguments(BaseModel):
     """End what `steadymoe up` started: the jobs first, which save, then Ray and MLflow.
 
+    While processes use Ray that are no jobs, it names them and ends nothing.
+
     Example:
       steadymoe down
     """

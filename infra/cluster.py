@@ -19,21 +19,20 @@ from infra.cluster_state import (
     token_file,
     write_state,
 )
-from infra.dashboard import Dashboard, DashboardError, Job
+from infra.dashboard import Dashboard, DashboardError, Driver, Job
 from infra.processes import Service, claim_port, end, last_line
-from infra.ray_head import keep_logs, start_head, stop_wait_s
+from infra.ray_head import keep_logs, start_head
+from infra.stopping import stop_work
 from infra.tracking_server import is_ready as server_is_ready
 from infra.tracking_server import start_server
 from pipelines.errors import UserError
-from pipelines.home import home
+from pipelines.home import home, refuse_unwritable_home
 from pipelines.progress import clock
 
 # A head took 6 s and a server 5 s on two idle cores, several times that on busy ones.
 _START_TIMEOUT_S = 180
 _POLL_S = 0.2
 _STILL_EVERY_S = 10.0
-# Ray kills a job after its time, and takes some seconds to say so.
-_STOP_MARGIN_S = 30
 _JOBS_SHOWN = 20
 
 Say = Callable[[str], None]
@@ -44,8 +43,10 @@ def up(arguments: UpArguments) -> None:
     """Start what does not run yet, and say how to use it.
 
     Raises:
-        UserError: a port is taken, what runs does so on another port, or something did not start.
+        UserError: a port is taken, what runs does so on another port, something did not start, or STEADYMOE_HOME
+            cannot be written to.
     """
+    refuse_unwritable_home()
     # With --exports the output is for the shell; progress goes where people still see it.
     say = _to_stderr if arguments.exports else _to_stdout
     with locked():
@@ -77,17 +78,25 @@ def status() -> None:
     if state.head and state.head.alive:
         dashboard = _dashboard(state.head)
         try:
-            jobs, cpus = dashboard.jobs(), dashboard.cpus()
+            jobs, drivers, cpus = dashboard.jobs(), dashboard.drivers(), dashboard.cpus()
         except DashboardError as error:
             print(f"The Ray head does not answer ({error}); its log is {state.head.log}")
             return
         if cpus:
             print(f"CPUs    {cpus[0]:g} of {cpus[1]:g} in use by jobs")
         _print_jobs(jobs)
+        _print_drivers(drivers)
 
 
 def down() -> None:
-    """Stop the jobs, which save first, then end the head and the server. Ends nothing that `up` did not start."""
+    """Stop the jobs, which save first, then end the head and the server. Ends nothing that `up` did not start.
+
+    Raises:
+        UserError: processes that are no jobs work on the head.
+    """
+    if not cluster_dir().is_dir():
+        print(f"Nothing runs for {home()}.")
+        return
     with locked():
         state = read_state()
         if not state.head and not state.server:
@@ -95,7 +104,7 @@ def down() -> None:
             return
         if state.head:
             if state.head.alive:
-                _stop_jobs(_dashboard(state.head), stop_wait_s(state.head))
+                stop_work(state.head, _dashboard(state.head))
             _end("Ray head", state.head)
             keep_logs(state.head)
             state = replace(state, head=None)
@@ -130,7 +139,9 @@ def _start_missing(arguments: UpArguments, before: ClusterState, say: Say) -> Cl
             head = start_head(head_port, server)
             started.append(head)
             write_state(ClusterState(head, server))
-        _wait_until_ready(started, began, say)
+        # What runs already may be what an `up` left that was cut off before it was ready.
+        waiting = [service for service in (server, head) if service in started or not _is_ready(service)]
+        _wait_until_ready(waiting, began, say)
     except BaseException:
         for service in started:
             end(service)
@@ -150,8 +161,7 @@ def _clear(dead: ClusterState, head: Head | None) -> None:
         keep_logs(dead.head)
 
 
-def _wait_until_ready(started: list[Service], began: float, say: Say) -> None:
-    waiting = list(started)
+def _wait_until_ready(waiting: list[Service], began: float, say: Say) -> None:
     told = began
     while waiting:
         for service in list(waiting):
@@ -167,27 +177,6 @@ def _wait_until_ready(started: list[Service], began: float, say: Say) -> None:
             told = time.monotonic()
             say(f"waiting for {' and '.join(map(_name, waiting))}, {told - began:.0f} s ...")
         time.sleep(_POLL_S)
-
-
-def _stop_jobs(dashboard: Dashboard, wait_s: int) -> None:
-    try:
-        running = [job for job in dashboard.jobs() if not job.over]
-        for job in running:
-            print(f"stopping job {job.id}, which saves first ...", flush=True)
-            dashboard.stop(job.id)
-        began = told = time.monotonic()
-        while running and time.monotonic() - began < wait_s + _STOP_MARGIN_S:
-            time.sleep(_POLL_S)
-            now = {job.id: job for job in dashboard.jobs()}
-            for job in list(running):
-                if job.id not in now or now[job.id].over:
-                    print(f"job {job.id} has ended after {time.monotonic() - began:.0f} s", flush=True)
-                    running.remove(job)
-            if running and time.monotonic() - told > _STILL_EVERY_S:
-                told = time.monotonic()
-                print(f"waiting for {len(running)} job(s) to save, {told - began:.0f} s ...", flush=True)
-    except DashboardError as error:
-        print(f"The Ray head does not answer ({error}); it is ended with whatever runs on it.", file=sys.stderr)
 
 
 def _end(name: str, service: Service) -> None:
@@ -247,6 +236,13 @@ def _print_jobs(jobs: list[Job]) -> None:
     for job in jobs[-_JOBS_SHOWN:]:
         code = f" ({job.exit_code})" if job.exit_code else ""
         print(f"  {job.id}  {job.status + code:<12} {clock(job.seconds):>7}  {job.entrypoint}")
+
+
+def _print_drivers(drivers: list[Driver]) -> None:
+    if drivers:
+        print(f"others  {len(drivers)}, which are no jobs; end them yourself before steadymoe down:")
+    for driver in drivers:
+        print(f"  process {driver.pid:<32} {clock(driver.seconds):>7}  {driver.entrypoint}")
 
 
 def _to_stdout(text: str) -> None:

@@ -49,7 +49,8 @@ def token_file() -> Path:
 
 def read_state() -> ClusterState:
     """What was started and not ended; empty if nothing was."""
-    content = read_json(_state_file())
+    # Where STEADYMOE_HOME is a file there is none either.
+    content = read_json(_state_file()) if _state_file().is_file() else {}
     head, server = content.get("head"), content.get("server")
     return ClusterState(Head(**head) if head else None, Service(**server) if server else None)
 
@@ -85,8 +86,8 @@ def ensure_token() -> Path:
 
 
 def client_environment(state: ClusterState) -> dict[str, str]:
-    """Environment variables with which Ray's own client, a driver and MLflow find what runs."""
-    found = {HOME_VARIABLE: str(home())}
+    """Environment variables with which Ray's own client, a driver and MLflow find what runs, past any proxy."""
+    found = {HOME_VARIABLE: str(home()), **dict.fromkeys(("no_proxy", "NO_PROXY"), _without_proxy())}
     if state.head:
         found |= {
             "RAY_API_SERVER_ADDRESS": state.head.address,
@@ -98,6 +99,16 @@ def client_environment(state: ClusterState) -> dict[str, str]:
     if state.server:
         found[URI_VARIABLE] = state.server.address
     return found
+
+
+def _without_proxy() -> str:
+    """The hosts that are reached without a proxy: those that the user has named, and this machine."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    # A star alone means every host, and only alone.
+    if named.strip() == "*":
+        return named
+    hosts = [host.strip() for host in named.split(",") if host.strip()]
+    return ",".join([*hosts, *(host for host in (LOOPBACK, "localhost") if host not in hosts)])
 
 
 def _state_file() -> Path:

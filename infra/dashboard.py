@@ -4,8 +4,11 @@ import json
 import time
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ENDED = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 
@@ -36,6 +39,21 @@ class Job:
         return self.status in ENDED
 
 
+@dataclass(frozen=True)
+class Driver:
+    """A process that is connected to the head and runs, and is no submitted job."""
+
+    pid: int
+    entrypoint: str
+    started: float
+    """Seconds since 1970."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return time.time() - self.started
+
+
 class DashboardError(Exception):
     """The dashboard does not answer, or not as expected."""
 
@@ -51,6 +69,13 @@ class Dashboard:
         """All submitted jobs of the head, in the order in which they came."""
         found = [_job(entry) for entry in self._ask("GET", "/api/jobs/") if entry.get("submission_id")]
         return sorted(found, key=lambda job: job.started)
+
+    def drivers(self) -> list[Driver]:
+        """The living drivers that nobody submitted, in the order in which they came."""
+        running = [e for e in self._ask("GET", "/api/jobs/") if e["type"] == "DRIVER" and e["status"] == "RUNNING"]
+        found = [Driver(int(e["driver_info"]["pid"]), e["entrypoint"], e["start_time"] / 1000) for e in running]
+        # Of one that was killed Ray may not know yet.
+        return sorted((d for d in found if psutil.pid_exists(d.pid)), key=lambda driver: driver.started)
 
     def stop(self, job_id: str) -> None:
         """Ask a job to end; returns at once."""
@@ -71,15 +96,15 @@ class Dashboard:
         return True
 
     def _ask(self, method: str, path: str) -> Any:
-        token = self.token_file.read_text(encoding="utf-8").strip()
-        request = urllib.request.Request(
-            self.address + path, method=method, headers={"Authorization": f"Bearer {token}"}
-        )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
+            token = self.token_file.read_text(encoding="utf-8").strip()
+            request = urllib.request.Request(
+                self.address + path, method=method, headers={"Authorization": f"Bearer {token}"}
+            )
             with opener.open(request, timeout=_TIMEOUT_S) as answer:
                 return json.load(answer)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise DashboardError(f"{self.address}: {error}") from error
 
 

@@ -14,7 +14,8 @@ from pipelines.arguments import TrainArguments
 from pipelines.command_line import parse
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.loading import FILE_SUFFIX
+from pipelines.loading import FILE_SUFFIX, load_config
+from pipelines.paths import absolute
 from pipelines.prepare import absolute_paths
 from pipelines.tracking_store import SQLITE
 
@@ -58,15 +59,14 @@ def read_command(words: Sequence[str]) -> JobCommand:
     arguments = parse(TrainArguments, rest, f"steadymoe {name}")
     if arguments.print_config:
         raise UserError(f"--print-config: needs no job; steadymoe {name} --print-config shows the config")
-    if arguments.resume is not None:
-        return JobCommand(_MODULES[name], rest, {}, arguments.resume)
-    settings = _absolute_settings(arguments.config())
+    settings = _absolute_settings(_checked(arguments))
     layers = dict.fromkeys(layer for layer in arguments.presets if layer.endswith(FILE_SUFFIX))
     # Under its own name, which the run is named after; numbered folders, for two may have the same.
     copies = {layer: f"{_FILES}/{number}/{Path(layer).name}" for number, layer in enumerate(layers)}
     moved = _absolute_weights([copies.get(word, word) for word in rest])
     options = [word for setting in settings for word in ("--set", setting)]
-    return JobCommand(_MODULES[name], moved + options, {copies[layer]: Path(layer) for layer in layers}, None)
+    files = {copies[layer]: Path(layer) for layer in layers}
+    return JobCommand(_MODULES[name], moved + options, files, arguments.resume)
 
 
 def pack(command: JobCommand, folder: Path) -> None:
@@ -82,6 +82,14 @@ def pack(command: JobCommand, folder: Path) -> None:
         shutil.copy(source, folder / name)
 
 
+def _checked(arguments: TrainArguments) -> RunConfig:
+    """The config of the run, or one with the settings of a run to resume, whose own may be out of reach from here."""
+    if arguments.resume is None:
+        return arguments.config()
+    # How many steps are too few, the run's own warm-up decides.
+    return load_config([], ["schedule.warmup_steps=0", *arguments.settings])
+
+
 def _absolute_settings(config: RunConfig) -> list[str]:
     """Settings that replace relative paths of a config, which would point into the copy, by absolute ones."""
     uri = config.tracking.uri
@@ -95,7 +103,11 @@ def _absolute_settings(config: RunConfig) -> list[str]:
     )
     before, after = config.model_dump(mode="json"), moved.model_dump(mode="json")
     # JSON is YAML.
-    return [f"{'.'.join(key)}={json.dumps(_at(after, key))}" for key in _PATHS if _at(after, key) != _at(before, key)]
+    return [
+        f"{'.'.join(key)}={json.dumps(_at(after, key), ensure_ascii=False)}"
+        for key in _PATHS
+        if _at(after, key) != _at(before, key)
+    ]
 
 
 def _at(tree: Any, key: tuple[str, ...]) -> Any:
@@ -111,13 +123,9 @@ def _absolute_weights(words: Sequence[str]) -> list[str]:
     for word in words:
         option, equals, value = word.partition("=")
         if moved[-1:] == ["--init-from"]:
-            moved.append(_absolute(word))
+            moved.append(absolute(word))
         elif option == "--init-from" and equals:
-            moved.append(f"{option}={_absolute(value)}")
+            moved.append(f"{option}={absolute(value)}")
         else:
             moved.append(word)
     return moved
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _LOST_AFTER_S = 120
 _RETRY_S = 1.0
 _POLL_S = 0.1
-# The exit code stands in the last line.
-_TAIL_CHARACTERS = 200
+# The exit code stands in one of the last lines: Ray's own words on the end of a driver may follow it.
+_TAIL_CHARACTERS = 4_000
 
 
 class _Output:

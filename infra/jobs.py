@@ -2,19 +2,18 @@
 
 import logging
 import os
-import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from infra.arguments import SubmitArguments
-from infra.cluster_state import ClusterState, client_environment, read_state
+from infra.cluster_state import ClusterState, Head, client_environment, read_state
 from infra.job_package import JobCommand, pack, read_command
 from infra.job_watch import watch
+from infra.ray_head import JOB_STOP_WAIT_S, STOP_WAIT_VARIABLE
+from pipelines.addresses import place_of, silence_at
 from pipelines.command_line import EXIT_DONE
 from pipelines.errors import UserError
 from pipelines.home import home
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _API_VARIABLE, _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"
-_CONNECT_TIMEOUT_S = 5
 _UP = "start one with: steadymoe up"
 
 
@@ -38,11 +36,16 @@ def submit(arguments: SubmitArguments, command: Sequence[str]) -> int:
         raise UserError("--watch shows a job that was submitted before; leave out the command")
     # What the user typed is checked first, and here: it costs no job, and a second.
     job = None if arguments.watch else read_command(command)
-    client = _connect(arguments.address, job)
+    address, own = _find_head(arguments.address)
+    if own:
+        _know(own)
+        if job and job.resume is not None:
+            find_run(job.resume)
+    client = _connect(address)
     if job is None:
         assert arguments.watch is not None
         return watch(client, arguments.watch)
-    job_id = _send(client, job)
+    job_id = _send(client, job, {} if own else _with_time_to_save())
     if arguments.detach:
         print(f"submitted {job_id}; watch it with: steadymoe submit --watch {job_id}")
         return EXIT_DONE
@@ -50,22 +53,31 @@ def submit(arguments: SubmitArguments, command: Sequence[str]) -> int:
     return watch(client, job_id)
 
 
-def _connect(asked: str | None, job: JobCommand | None) -> "JobSubmissionClient":
-    """A client of the head that is asked for, or of the environment's, or of the one that `up` started."""
+def _find_head(asked: str | None) -> tuple[str, Head | None]:
+    """Address of the head that is asked for, or of the environment's, or of the one that `up` started; and that one."""
     state = read_state()
     head = state.head if state.head and state.head.alive else None
     address = asked or os.environ.get(_API_VARIABLE) or os.environ.get(_ADDRESS_VARIABLE)
-    if address is None:
-        if head is None:
-            raise UserError(f"no Ray head runs for {home()}; {_UP}")
-        address = head.address
-    if head and _place(address) in (_place(head.address), _place(head.gcs_address)):
-        address = head.address
-        os.environ.update(client_environment(ClusterState(head)))
-        # It would win over the token's file.
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-        if job and job.resume:
-            find_run(job.resume)
+    if head and (not address or place_of(address) in (place_of(head.address), place_of(head.gcs_address))):
+        return head.address, head
+    if not address:
+        raise UserError(f"no Ray head runs for {home()}; {_UP}")
+    return address, None
+
+
+def _know(head: Head) -> None:
+    """Let this process reach the head that `up` started."""
+    os.environ.update(client_environment(ClusterState(head)))
+    # It would win over the token's file.
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+def _with_time_to_save() -> dict[str, Any]:
+    """The runtime environment for a head that may have Ray's own limit: it kills a job 3 s after it was stopped."""
+    return {"env_vars": {STOP_WAIT_VARIABLE: os.environ.get(STOP_WAIT_VARIABLE, str(JOB_STOP_WAIT_S))}}
+
+
+def _connect(address: str) -> "JobSubmissionClient":
     _check_answers(address)
     # Ray's client takes what stands here before its argument.
     os.environ[_API_VARIABLE] = address
@@ -83,37 +95,21 @@ def _connect(asked: str | None, job: JobCommand | None) -> "JobSubmissionClient"
         raise UserError(f"{address}: no Ray dashboard answers there; {_UP}") from error
 
 
-def _send(client: "JobSubmissionClient", job: JobCommand) -> str:
-    with _progress_to_stderr("sending the code ..."), tempfile.TemporaryDirectory(prefix="steadymoe-job-") as folder:
+def _send(client: "JobSubmissionClient", job: JobCommand, environment: dict[str, Any]) -> str:
+    print("sending the code ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="steadymoe-job-") as folder:
         pack(job, Path(folder))
-        return str(client.submit_job(entrypoint=job.entrypoint, runtime_env={"working_dir": folder}))
-
-
-@contextmanager
-def _progress_to_stderr(text: str) -> Iterator[None]:
-    print(text, file=sys.stderr, flush=True)
-    yield
+        runtime_env = {"working_dir": folder, **environment}
+        return str(client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env))
 
 
 def _check_answers(address: str) -> None:
     """Find out in a moment what Ray's client finds out after a minute, for addresses that it connects to."""
-    place = _place(address)
+    place = place_of(address)
     if place is None:
         raise UserError(f"{address}: should be the address of a Ray dashboard, for example http://127.0.0.1:8265")
-    try:
-        with socket.create_connection(place, timeout=_CONNECT_TIMEOUT_S):
-            pass
-    except OSError as error:
-        raise UserError(f"{address}: no Ray head answers there ({error.strerror or error}); {_UP}") from None
-
-
-def _place(address: str) -> tuple[str, int] | None:
-    try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        return None
-    return (parts.hostname, port) if parts.hostname and port else None
+    if (why := silence_at(place)) is not None:
+        raise UserError(f"{address}: no Ray head answers there ({why}); {_UP}")
 
 
 def _quiet_loggers() -> None:

@@ -1,8 +1,10 @@
 """Background processes that outlive the terminal: started, recognised again, and ended with all that they started."""
 
 import os
+import random
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +19,11 @@ LOOPBACK = "127.0.0.1"
 MARK_VARIABLE = "STEADYMOE_SERVICE"
 """In the environment of a service and of everything that it starts: by it a process that left the tree is found."""
 
+# Below the ports that systems give to outgoing connections (from 32768 on Linux), for a claimed port is free until its
+# server starts. None comes twice within one command.
+_UNCLAIMED = iter(random.Random().sample(range(20_000, 32_000), 1_000))
+
+_SHOWN_AFTER_S = 5.0
 _GRACE_S = 20.0
 _KILL_WAIT_S = 5.0
 
@@ -27,9 +34,9 @@ class Service:
 
     pid: int
     started: float
-    """Creation time of the process, seconds since 1970: with the pid it names one process for ever."""
+    """When it was started, seconds since 1970; for people, because clocks are set."""
     mark: str
-    """Value of ``STEADYMOE_SERVICE``."""
+    """Value of ``STEADYMOE_SERVICE``: a process with this pid and another mark, or one of another user, is not it."""
     port: int
     log: str
     """File with what it prints."""
@@ -41,13 +48,11 @@ class Service:
 
     def process(self) -> psutil.Process | None:
         """The process itself; None if it has ended."""
-        try:
+        with suppress(psutil.Error, OSError):
             process = psutil.Process(self.pid)
-            # The time is computed from the boot time and may differ in its last digits.
-            same = abs(process.create_time() - self.started) < 0.1
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+            if process.environ().get(MARK_VARIABLE) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
 
     @property
     def alive(self) -> bool:
@@ -91,7 +96,12 @@ def start(command: Sequence[str], environment: Mapping[str, str], mark: str, por
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Service(process.pid, psutil.Process(process.pid).create_time(), mark, port, str(log))
+    service = Service(process.pid, time.time(), mark, port, str(log))
+    # The system may show the environment of a new program a moment after it has begun.
+    deadline = time.monotonic() + _SHOWN_AFTER_S
+    while not service.alive and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return service
 
 
 def end(service: Service) -> None:
@@ -116,18 +126,26 @@ def claim_port(wanted: int, option: str) -> int:
     Raises:
         UserError: it is taken; says by whom, and names the option.
     """
+    if not wanted:
+        return free_port()
     try:
-        with socket.socket() as probe:
-            # A port that a server has just left is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((LOOPBACK, wanted))
-            return int(probe.getsockname()[1])
+        _bind(wanted)
     except (OSError, OverflowError) as error:
         if isinstance(error, OverflowError) or not _is_taken(wanted):
             raise UserError(f"{option}: cannot listen on port {wanted}: {error}") from None
         raise UserError(
             f"{option}: port {wanted} is taken by {_holder(wanted)}; give another port, or 0 for any that is free"
         ) from None
+    return wanted
+
+
+def free_port() -> int:
+    """Any port of the loopback interface that is free, and likely to stay so until a server takes it."""
+    for port in _UNCLAIMED:
+        with suppress(OSError):
+            _bind(port)
+            return port
+    raise UserError("no port from 20000 to 31999 is free on this machine; end some servers")
 
 
 def last_line(log: str) -> str:
@@ -136,6 +154,14 @@ def last_line(log: str) -> str:
         lines = Path(log).read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
     return "nothing"
+
+
+def _bind(port: int) -> None:
+    """OSError or OverflowError if no server can listen there."""
+    with socket.socket() as probe:
+        # A port that a server has just left is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((LOOPBACK, port))
 
 
 def _is_taken(port: int) -> bool:

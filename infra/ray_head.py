@@ -10,14 +10,15 @@ from pathlib import Path
 
 from infra.cluster_state import ClusterState, Head, client_environment, cluster_dir, ensure_token
 from infra.processes import LOOPBACK as LOOPBACK_ADDRESS
-from infra.processes import Service, claim_port, start
+from infra.processes import Service, free_port, start
 from pipelines.errors import UserError
 from pipelines.ray_session import LOOPBACK, QUIET_AND_QUICK
 
 JOB_STOP_WAIT_S = 120
 """How long a job that is asked to stop may take to save; Ray's default of 3 s is too short for a checkpoint."""
 
-_STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Read by Ray in the environment of a head, or of a single job, which wins."""
 
 # A socket's path may have 107 characters; Ray appends 68 to its folder, and the user's id may have 10.
 _LONGEST_TEMP = 9
@@ -29,7 +30,7 @@ def start_head(port: int, server: Service | None) -> Head:
     """Start a head whose jobs find the server, the token and this STEADYMOE_HOME in their environment."""
     mark = uuid.uuid4().hex
     # Ray opens this port on its own account and cannot be told to leave it (it stands for ray:// clients).
-    client_port, gcs_port = claim_port(0, "Ray client"), claim_port(0, "Ray")
+    client_port, gcs_port = free_port(), free_port()
     temp_dir = _private_temp() / mark[:8]
     temp_dir.mkdir()
     # As a child that blocks, the head ends whatever it started when it is told to end, and also when it is killed.
@@ -46,13 +47,12 @@ def start_head(port: int, server: Service | None) -> Head:
 
 def head_environment(server: Service | None) -> dict[str, str]:
     """The environment of the head, which its workers and the drivers of its jobs inherit."""
-    ensure_token()
     # Where this shell's own clients connect to is nothing to the head, and a token here would win over the file.
     left_out = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR"}
     inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     return {
         **QUIET_AND_QUICK,
-        _STOP_WAIT_VARIABLE: str(JOB_STOP_WAIT_S),
+        STOP_WAIT_VARIABLE: str(JOB_STOP_WAIT_S),
         **inherited,
         **client_environment(ClusterState(server=server)),
         **LOOPBACK,
@@ -68,7 +68,7 @@ def head_environment(server: Service | None) -> dict[str, str]:
 def stop_wait_s(head: Head) -> int:
     """How long this head gives a job to save."""
     process = head.process()
-    chosen = process.environ().get(_STOP_WAIT_VARIABLE, "") if process else ""
+    chosen = process.environ().get(STOP_WAIT_VARIABLE, "") if process else ""
     return int(chosen) if chosen.isdigit() else JOB_STOP_WAIT_S
 
 

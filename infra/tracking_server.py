@@ -5,10 +5,10 @@
 
 import os
 import sys
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -55,7 +55,7 @@ def is_ready(server: Service) -> bool:
     try:
         with opener.open(f"{server.address}/health", timeout=2) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (OSError, HTTPException):
         return False
 
 

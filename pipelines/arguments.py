@@ -1,6 +1,5 @@
 """The arguments of this wing's commands. Imports none of torch, ray and mlflow: a mistake is answered at once."""
 
-import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -10,6 +9,7 @@ from pydantic_settings import CliPositionalArg, CliToggleFlag
 from pipelines.config import FileFormat, FilesCorpusConfig, RunConfig
 from pipelines.errors import UserError
 from pipelines.loading import load_config, parse_setting
+from pipelines.paths import absolute
 
 LEAST_VOCABULARY = 257
 """Of a byte-level BPE: every byte, and the token that ends a document."""
@@ -127,7 +127,7 @@ class PrepareArguments(BaseModel):
         separator = None
         if self.separator is not None:
             separator = self.separator.replace("\\n", "\n").replace("\\t", "\t")
-        paths = [os.path.abspath(os.path.expanduser(path)) for path in self.inputs]
+        paths = [absolute(path) for path in self.inputs]
         return FilesCorpusConfig(paths=paths, format=self.format, field=self.field or "text", separator=separator)
 
     @model_validator(mode="after")

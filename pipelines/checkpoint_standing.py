@@ -69,10 +69,9 @@ def condemn(folder: Path, event: str) -> None:
 
 
 def newer_than(folder: Path, path: Path | None) -> list[Path]:
-    """The checkpoints newer than ``path``, all of them without one, that are not discarded yet."""
+    """The checkpoints newer than ``path``, all of them without one, whatever they are worth."""
     paths = checkpoint_folders(folder)
-    newer = paths[paths.index(path) + 1 :] if path is not None else paths
-    return [path for path in newer if standing(path).state != "discarded"]
+    return paths[paths.index(path) + 1 :] if path is not None else paths
 
 
 def newest_valid(folder: Path) -> Path | None:

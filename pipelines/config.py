@@ -136,8 +136,9 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
-        # The config is recorded, in files and in MLflow.
-        if uri is not None and re.search(r"//[^@/]*:[^@/]*@", uri):
+        # The config is recorded, in files and in MLflow. To a server a user name alone may be a token.
+        secret = r"^https?://[^/]*@|//[^/:]*:[^/]*@"
+        if uri is not None and re.search(secret, uri):
             raise ValueError(
                 "holds a password, and the config is recorded; leave it out here, and give the whole URI in the "
                 "environment as MLFLOW_TRACKING_URI (or the password as MLFLOW_TRACKING_PASSWORD)"

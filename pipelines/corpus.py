@@ -11,6 +11,7 @@ from typing import Literal
 
 from pipelines.config import FileFormat, FilesCorpusConfig, SourceConfig, StdlibCorpusConfig
 from pipelines.errors import InputError, UserError
+from pipelines.paths import absolute
 from pipelines.unpacking import content_suffix, is_compressed, open_unpacked
 
 Kind = Literal["text", "jsonl", "parquet"]
@@ -136,7 +137,7 @@ def _chosen_files(config: FilesCorpusConfig) -> list[SourceFile]:
     """
     named: dict[str, bool] = {}
     for given in config.paths:
-        path = os.path.abspath(os.path.expanduser(given))
+        path = absolute(given)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             what = "no file matches this pattern" if glob.has_magic(given) else "does not exist"

@@ -1,7 +1,6 @@
 """Encoded pieces -> a complete folder of shards with its manifest."""
 
 import hashlib
-import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pipelines.corpus import Corpus
 from pipelines.cutting import cut
 from pipelines.encoding import EncodedPiece, EncodingJob, encode_piece, placed
 from pipelines.errors import InputError, UserError
+from pipelines.paths import absolute
 from pipelines.pieces import Piece
 from pipelines.shard_writer import SplitWriter, write_checked
 from pipelines.shards import MANIFEST, Dtype, Manifest, TokenizerManifest
@@ -141,7 +141,7 @@ def write_corpus(
         UserError: a file or the tokenizer is wrong, there is no text for one of the splits, or a file changed.
     """
     if tokenizer != BYTE:
-        tokenizer = os.path.abspath(os.path.expanduser(tokenizer))  # a task has another working directory
+        tokenizer = absolute(tokenizer)  # a task has another working directory
     loaded = load_tokenizer(tokenizer, document_token)
     dtype: Dtype = "uint16" if loaded.vocab_size <= 2**16 else "uint32"
     job = EncodingJob(corpus.reading, tokenizer, document_token, fingerprint(tokenizer, document_token), dtype)

@@ -5,23 +5,27 @@ drops points that are the same in name, step, time and value. So every point arr
 """
 
 import itertools
+import logging
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipelines.config import TrackingConfig
 from pipelines.ending import end_if_orphaned
 from pipelines.errors import first_line
 from pipelines.registration import CheckpointRegistry
 from pipelines.run_folder import RunFolder, read_json, write_json
-from pipelines.run_lock import run_lock
+from pipelines.run_lock import RunLock
 from pipelines.spool import Record, SpoolReader
 from pipelines.tracking_store import open_store, tracking_uri
 from pipelines.views import publish_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+_log = logging.getLogger(__name__)
 
 BATCH_METRICS = 1000
 """MLflow's limit for one request."""
@@ -43,7 +47,9 @@ class Delivery:
         self._run_id = folder.info.id
         state = read_json(folder.delivered)
         self._ended = bool(state.get("ended", False))
-        self._delivered_offset = int(state.get("offset", 0))
+        self._delivered_offset = _end_of_a_line(folder.spool, int(state.get("offset", 0)))
+        self.ending: dict[str, Any] | None = None
+        """How the run ended, if there was no room on the disk to write it down."""
         self._reader = SpoolReader(folder.spool, self._delivered_offset)
         self._pending: deque[Record] = deque()
         self._registry = CheckpointRegistry(client, folder)
@@ -73,7 +79,7 @@ class Delivery:
     @property
     def ending_left(self) -> bool:
         """Whether the run has ended and MLflow does not know it yet."""
-        return not self._ended and self._folder.ending.exists()
+        return not self._ended and (self.ending is not None or self._folder.ending.exists())
 
     def _send_batch(self) -> None:
         from mlflow.entities import Metric
@@ -97,7 +103,7 @@ class Delivery:
     def _send_ending(self) -> None:
         from mlflow.entities import Metric, RunTag
 
-        ending = read_json(self._folder.ending)
+        ending = self.ending or read_json(self._folder.ending)
         self._client.log_batch(
             self._run_id,
             metrics=[Metric(name, value, ending["time_ms"], 0) for name, value in ending["metrics"].items()],
@@ -112,18 +118,37 @@ class Delivery:
         self._remember()
 
     def _remember(self) -> None:
-        write_json(self._folder.delivered, {"offset": self._delivered_offset, "ended": self._ended})
+        try:
+            write_json(self._folder.delivered, {"offset": self._delivered_offset, "ended": self._ended})
+        except OSError as error:
+            # No failure of the server: a later command sends again what MLflow has, and it drops that.
+            _log.warning("%s cannot be written: %s", self._folder.delivered, error)
+
+
+def _end_of_a_line(spool: Path, offset: int) -> int:
+    """``offset``, if a line of the spool ends there. Otherwise 0: it is another file, to be sent from its start."""
+    try:
+        with spool.open("rb") as file:
+            file.seek(max(0, offset - 1))
+            return offset if offset > 0 and file.read(1) == b"\n" else 0
+    except FileNotFoundError:
+        return 0
 
 
 class Drainer:
     """The thread that delivers while a run lasts. Whatever becomes of the server, training does not notice."""
 
-    def __init__(self, client: "MlflowClient", folder: RunFolder, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self, client: "MlflowClient", folder: RunFolder, lock: RunLock, interval_s: float = INTERVAL_S
+    ) -> None:
+        """``lock`` is the run's, and is released by the thread when it ends: no other may deliver beside it."""
         self._client = client
+        self._lock = lock
         self._delivery = Delivery(client, folder)
         self._folder = folder
         self._interval_s = interval_s
         self._finishing = threading.Event()
+        self._given_up = threading.Event()
         self._done = False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-delivery", daemon=True)
@@ -132,13 +157,16 @@ class Drainer:
         """Begin to deliver."""
         self._thread.start()
 
-    def finish(self, timeout_s: float) -> str | None:
+    def finish(self, timeout_s: float, ending: dict[str, Any] | None = None) -> str | None:
         """Deliver the rest, the ending included, for at most ``timeout_s``; what to tell the user if any is left.
 
-        Nothing must be written to the spool any more.
+        Nothing must be written to the spool any more. ``ending`` is for a run whose folder has no room for it.
         """
+        self._delivery.ending = ending
         self._finishing.set()
         self._thread.join(timeout_s)
+        # A request that is under way is let finish, and the lock stays until then.
+        self._given_up.set()
         if self._done:
             return None
         info = self._folder.info
@@ -155,12 +183,18 @@ class Drainer:
         )
 
     def _run(self) -> None:
+        try:
+            publish_views(self._client, self._folder.info.experiment_id)
+            self._send_until_done()
+        finally:
+            self._lock.release()
+
+    def _send_until_done(self) -> None:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        publish_views(self._client, self._folder.info.experiment_id)
         failures = 0
-        while True:
+        while not self._given_up.is_set():
             # Asked before sending: what was written before `finish` was called is then sent for certain.
             finishing = self._finishing.is_set()
             try:
@@ -169,7 +203,7 @@ class Drainer:
                 if finishing:
                     self._done = True
                     return
-            except (MlflowException, SQLAlchemyError, OSError) as error:
+            except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
                 self._error = error
                 failures = min(failures + 1, _MOST_DOUBLINGS)
             if finishing:
@@ -186,8 +220,12 @@ def deliver(folder: RunFolder, timeout_s: float = 600.0) -> str | None:
     Raises:
         UserError: the store of the run cannot be opened, or the run is still on.
     """
-    with run_lock(folder):
+    lock = RunLock(folder)
+    try:
         end_if_orphaned(folder)
-        drainer = Drainer(open_store(tracking_uri(TrackingConfig(), folder.info)).client, folder)
-        drainer.start()
-        return drainer.finish(timeout_s)
+        drainer = Drainer(open_store(tracking_uri(TrackingConfig(), folder.info)).client, folder, lock)
+    except BaseException:
+        lock.release()
+        raise
+    drainer.start()
+    return drainer.finish(timeout_s)

@@ -1,13 +1,16 @@
 """How a run ended, written down in its folder for the delivery to bring to MLflow."""
 
 import time
+from typing import Any
 
 from pipelines.config import RunConfig
 from pipelines.description import Status, describe
+from pipelines.errors import UserError
 from pipelines.history import History
 from pipelines.loading import load_config
 from pipelines.notes import read_notes
 from pipelines.run_folder import RunFolder, write_json
+from pipelines.run_lock import writer_lock
 from pipelines.spool import SpoolReader
 
 DESCRIPTION_TAG = "mlflow.note.content"
@@ -16,27 +19,46 @@ DESCRIPTION_TAG = "mlflow.note.content"
 _TAG_LENGTH = 8000
 
 
-def write_ending(
-    folder: RunFolder, config: RunConfig, status: Status, reason: str | None, time_ms: int | None = None
-) -> None:
-    """Write down status, final figures and description of a run. ``time_ms`` is when it ended; None means now."""
+def ending_of(
+    folder: RunFolder, config: RunConfig | None, status: Status, reason: str | None, time_ms: int | None = None
+) -> dict[str, Any]:
+    """What the run's file ``end.json`` holds: status, final figures and description.
+
+    Args:
+        folder: the run.
+        config: what it was to do; None if that cannot be read any more, then there is no description.
+        status: how it ended.
+        reason: why it ended early.
+        time_ms: when it ended, in milliseconds since 1970; None means now.
+    """
     history = History.read(folder.spool)
     tags = {
         "diverged": str(history.diverged).lower(),
-        DESCRIPTION_TAG: describe(config, history, status, reason),
         "restarts": str(sum(note.kind in ("death", "error") for note in read_notes(folder.notes))),
     }
+    if config is not None:
+        tags[DESCRIPTION_TAG] = describe(config, history, status, reason)
     if history.first_non_finite:
         steps = (f"{name} from step {step}" for name, step in history.first_non_finite.items())
         tags["non_finite"] = ", ".join(steps)[:_TAG_LENGTH]
     ended_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-    write_json(folder.ending, {"status": status, "time_ms": ended_ms, "metrics": history.finals(), "tags": tags})
+    return {"status": status, "time_ms": ended_ms, "metrics": history.finals(), "tags": tags}
 
 
 def end_if_orphaned(folder: RunFolder) -> None:
-    """End a run that has no ending, because its driver vanished. Its lock must be held by the caller."""
+    """End a run that has no ending, because its driver vanished. Its run lock must be held by the caller.
+
+    Raises:
+        RunBusyError: a training worker has outlived the driver so far.
+    """
     if folder.ending.exists():
         return
-    times = [record.time_ms for record in SpoolReader(folder.spool).read()]
-    config = load_config([str(folder.config)], [])
-    write_ending(folder, config, "KILLED", "its driver vanished", times[-1] if times else None)
+    with writer_lock(folder, patience_s=0.0):
+        times = [record.time_ms for record in SpoolReader(folder.spool).read()]
+        try:
+            config = load_config([str(folder.config)], [])
+        except UserError:
+            # Of another version of this project.
+            config = None
+        ending = ending_of(folder, config, "KILLED", "its driver vanished", times[-1] if times else None)
+        write_json(folder.ending, ending)

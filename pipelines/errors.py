@@ -1,5 +1,9 @@
 """Errors that a user can mend."""
 
+import re
+
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
+
 
 class UserError(Exception):
     """The user's input is wrong. The message is one line that names the key or file and says what would be right.
@@ -37,6 +41,6 @@ class InputError(UserError):
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """The beginning of an error's message."""
+    """The beginning of an error's message, without the credentials that a URI in it may hold."""
     lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+    return _CREDENTIALS.sub("//", lines[0])[:limit] if lines else type(error).__name__

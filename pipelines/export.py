@@ -29,6 +29,7 @@ from pipelines.hf_folder import CONFIG, GENERATION_CONFIG
 from pipelines.hf_tokenizer import training_tokenizer_json, write_tokenizer
 from pipelines.hf_weights import MAX_SHARD_BYTES, write_weights
 from pipelines.loading import load_config
+from pipelines.paths import made_folder
 from pipelines.prepare import tokenizer_of
 from pipelines.run_folder import RunFolder
 from pipelines.tokenizer import Tokenizer
@@ -159,14 +160,16 @@ def _write_configs(folder: Path, config: RunConfig, document_id: int, dtype: Dty
 
 @contextmanager
 def _appearing(to: Path) -> Iterator[Path]:
-    """A hidden folder beside ``to`` that takes its name in the end, and is gone if anything fails."""
+    """A hidden folder beside ``to`` that takes its name in the end, and is gone with all new ones if anything fails."""
     staging = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        os.rename(staging, to)
+        with made_folder(to.parent):
+            staging.mkdir()
+            try:
+                yield staging
+                os.rename(staging, to)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"--to {to}: cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -9,6 +9,7 @@ from pipelines.outcome import Ending
 from pipelines.progress import RunProgress
 from pipelines.ray_session import uses_gpu, worker_environment
 from pipelines.run_folder import RunFolder
+from pipelines.run_lock import is_written_to
 from pipelines.shards import Shards
 from pipelines.worker import WorkerJob, train_worker
 
@@ -26,7 +27,8 @@ def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgr
     folder.stop.unlink(missing_ok=True)
 
     def stop() -> bool:
-        if not progress.has_trained:
+        # Where nobody trains, as in the first seconds, there is nothing to save.
+        if not is_written_to(folder):
             return False
         folder.stop.touch()
         progress.say("Stopping after this step, and saving; a second time ends the run at once, without saving.")
@@ -34,6 +36,12 @@ def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgr
 
     try:
         return interrupts.wait(lambda: _run_workers(config, shards, folder, started_ms), stop)
+    except KeyboardInterrupt:
+        import ray
+
+        # The workers with it: nothing must be written any more when the run is ended.
+        ray.shutdown()
+        raise
     finally:
         folder.stop.unlink(missing_ok=True)
 

@@ -54,9 +54,10 @@ class Interrupts:
             except BaseException as error:  # noqa: BLE001  (raised on the main thread)
                 done.set_exception(error)
 
-        threading.Thread(target=run, name="work", daemon=True).start()
+        # Before the work begins, so that no signal finds it begun and nobody waiting.
         self._waiting, asked = True, False
         try:
+            threading.Thread(target=run, name="work", daemon=True).start()
             while True:
                 try:
                     return done.result(_POLL_S)

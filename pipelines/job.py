@@ -14,7 +14,7 @@ JOB_TAG = "ray.job_id"
 _JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _SUBMISSION_ID = "job_submission_id"
 
-_EXIT_LINE = re.compile(r"^exit code (\d+)\s*\Z", re.MULTILINE)
+_EXIT_LINE = re.compile(r"^steadymoe: exit code (\d+)$", re.MULTILINE)
 
 
 def submission_id() -> str | None:
@@ -31,7 +31,7 @@ def job_tags() -> dict[str, str]:
 
 
 def run_in_job(main: Callable[[], int]) -> int:
-    """Run a driver's ``main``; the last line of a job's log says its exit code.
+    """Run a driver's ``main``; its last line in a job's log says its exit code.
 
     Ray keeps the code of a driver that ended by itself, but of one that it was asked to stop it tells only that.
     """
@@ -47,11 +47,11 @@ def run_in_job(main: Callable[[], int]) -> int:
         code = EXIT_INTERRUPTED
         raise
     finally:
-        print(f"exit code {code}", flush=True)
+        print(f"steadymoe: exit code {code}", flush=True)
     return code
 
 
 def exit_code_in(log: str) -> int | None:
-    """The exit code that a job's log ends with; None if the driver did not come to write it."""
-    found = _EXIT_LINE.search(log)
-    return int(found.group(1)) if found else None
+    """The last exit code that a job's log tells; None if the driver did not come to write it."""
+    found = _EXIT_LINE.findall(log)
+    return int(found[-1]) if found else None

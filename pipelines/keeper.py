@@ -33,6 +33,7 @@ class CheckpointKeeper:
         self._timeline = 0
         self._leads = trainer.ranks.rank == 0
         self._unconfirmed: dict[int, Path] = {}
+        self._last_complaint = ""
         self.saved_at = 0
 
     def resume(self) -> bool:
@@ -98,9 +99,10 @@ class CheckpointKeeper:
         """After every step that was taken: confirm the checkpoints that lie far enough behind."""
         due = [step for step in self._unconfirmed if step + self._config.confirm_steps <= self._trainer.steps_done]
         for step in due:
-            path = self._unconfirmed.pop(step)
-            if path.exists():
-                self._try(partial(mark, path, "good"), "confirmed")
+            path = self._unconfirmed[step]
+            # What a full disk does not take now is tried again after the next step.
+            if not path.exists() or self._try(partial(mark, path, "good"), "confirmed"):
+                del self._unconfirmed[step]
 
     def event(self, name: str) -> None:
         """Something is wrong with training at this step: what is not confirmed yet may be poisoned already."""
@@ -113,17 +115,24 @@ class CheckpointKeeper:
         folder = self._folder.checkpoints
         path = newest_valid(folder)
         newer = newer_than(folder, path)
-        for discarded in newer:
-            self._note(f"checkpoint {discarded.name} is damaged or suspect, and was passed over")
-            self._try(partial(mark, discarded, "discarded"), "discarded")
+        for passed in newer:
+            if standing(passed).state != "discarded":
+                self._note(f"checkpoint {passed.name} is damaged or suspect, and was passed over")
+                self._try(partial(mark, passed, "discarded"), "discarded")
+        # Discarded ones count, too: the first save deletes them, so while there are any none was made since.
         return path, bool(newer)
 
-    def _try(self, action: Callable[[], object], what: str) -> None:
-        """Bookkeeping on a disk that may be full: what fails is noted, and training goes on."""
+    def _try(self, action: Callable[[], object], what: str) -> bool:
+        """Bookkeeping on a disk that may be full: what fails is noted, and training goes on. Whether it was done."""
         try:
             action()
         except OSError as error:
-            self._note(f"checkpoints could not be {what}: {error}")
+            complaint = f"checkpoints could not be {what}: {error}"
+            if complaint != self._last_complaint:
+                self._note(complaint)
+            self._last_complaint = complaint
+            return False
+        return True
 
     def _note(self, text: str) -> None:
         if self._leads:

@@ -6,6 +6,7 @@ rank 0 alone records.
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from moe.counting import count_parameters
@@ -21,8 +22,12 @@ from pipelines.keeper import CheckpointKeeper
 from pipelines.notes import Note, add_note
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
+from pipelines.run_lock import RunBusyError, writer_lock
 from pipelines.shards import Shards
 from pipelines.spool import START, TRAIN, VALIDATION, SpoolReader, SpoolWriter
+
+# How long a worker waits for one that a killed command has left behind; Ray ends those within seconds.
+_PREDECESSOR_S = 60.0
 
 
 class _Recorder:
@@ -86,7 +91,22 @@ def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, in
     """Train from the newest valid checkpoint in ``folder``, or from the start, to ``schedule.steps``. Collective.
 
     The start is the weights in ``init_from``, or random ones. ``config.model.vocab_size`` must be set.
+
+    Raises:
+        RuntimeError: on rank 0, a worker of an earlier command still writes to the folder.
     """
+    with ExitStack() as stack:
+        # Held by one rank for all: the others do nothing before they have heard from it.
+        if ranks.rank == 0:
+            try:
+                stack.enter_context(writer_lock(folder, _PREDECESSOR_S))
+            except RunBusyError as error:
+                # Nothing that a user could mend: the workers start again, and find it gone.
+                raise RuntimeError(str(error)) from error
+        return _train(config, ranks, shards, folder, init_from)
+
+
+def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None) -> Ending:
     lookahead = config.model.mtp.depth
     length = config.data.sequence_length
     training = TrainBatches(TokenDataset(shards.train, length, lookahead), config, ranks.rank, ranks.world)

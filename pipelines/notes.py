@@ -31,7 +31,8 @@ class Note:
 
 def add_note(path: Path, note: Note) -> None:
     """Append a note with one write call. What cannot be written is logged: notes never stop training."""
-    line = json.dumps(asdict(note), ensure_ascii=False).encode() + b"\n"
+    # A line end before it, too: a full disk may have cut the last note short.
+    line = b"\n" + json.dumps(asdict(note), ensure_ascii=False).encode() + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections.abc import Iterator
 
 from pipelines.delivery import Delivery
 from pipelines.ending import end_if_orphaned
@@ -22,12 +21,16 @@ def end_orphans(store: TrackingStore) -> None:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    for folder in _unfinished(store):
+    for folder in run_folders():
         try:
+            if not _is_unfinished(folder, store):
+                continue
             with run_lock(folder):
+                if not folder.ending.exists() and store.client.get_run(folder.info.id).info.status != "RUNNING":
+                    continue  # the driver told MLflow the end, and had no room on its disk to write it down
                 end_if_orphaned(folder)
                 Delivery(store.client, folder).send()
-        except (UserError, MlflowException, SQLAlchemyError, OSError) as error:
+        except (UserError, MlflowException, SQLAlchemyError, OSError, ValueError) as error:
             # Most often because the run is alive, in another process.
             _log.info("run %s is left as it is: %s", folder.path.name, first_line(error))
 
@@ -37,8 +40,6 @@ def end_orphans_in_background(store: TrackingStore) -> None:
     threading.Thread(target=end_orphans, args=(store,), name="orphans", daemon=True).start()
 
 
-def _unfinished(store: TrackingStore) -> Iterator[RunFolder]:
-    for folder in run_folders():
-        delivered = folder.ending.exists() and read_json(folder.delivered).get("ended", False)
-        if not delivered and folder.info.tracking_uri == shown(store.uri):
-            yield folder
+def _is_unfinished(folder: RunFolder, store: TrackingStore) -> bool:
+    delivered = folder.ending.exists() and read_json(folder.delivered).get("ended", False)
+    return not delivered and folder.info.tracking_uri == shown(store.uri)

@@ -10,6 +10,7 @@ from pipelines.corpus import open_corpus
 from pipelines.corpus_writer import SHARD_BYTES, TOKENIZER_FILE, Progress, write_corpus
 from pipelines.errors import UserError
 from pipelines.home import corpora_dir
+from pipelines.paths import absolute
 from pipelines.scratch import scratch_folder
 from pipelines.shards import FORMAT, MANIFEST, Shards, open_shards
 from pipelines.tasks import runner
@@ -36,10 +37,10 @@ def absolute_paths(data: DataConfig) -> DataConfig:
     """The same text whatever the working directory is: for a run that may be resumed elsewhere."""
     corpus = data.corpus
     if isinstance(corpus, FilesCorpusConfig):
-        corpus = corpus.model_copy(update={"paths": [_absolute(path) for path in corpus.paths]})
+        corpus = corpus.model_copy(update={"paths": [absolute(path) for path in corpus.paths]})
     elif isinstance(corpus, PreparedCorpusConfig):
-        corpus = corpus.model_copy(update={"path": _absolute(corpus.path)})
-    tokenizer = data.tokenizer if data.tokenizer in (None, BYTE) else _absolute(data.tokenizer)
+        corpus = corpus.model_copy(update={"path": absolute(corpus.path)})
+    tokenizer = data.tokenizer if data.tokenizer in (None, BYTE) else absolute(data.tokenizer)
     return data.model_copy(update={"corpus": corpus, "tokenizer": tokenizer})
 
 
@@ -59,12 +60,8 @@ def tokenizer_of(data: DataConfig) -> Tokenizer:
     return load_tokenizer(str(shards.folder / TOKENIZER_FILE), made_with.document_token)
 
 
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
 def _open_prepared(corpus: PreparedCorpusConfig, data: DataConfig) -> Shards:
-    folder = Path(_absolute(corpus.path))
+    folder = Path(absolute(corpus.path))
     if not (folder / MANIFEST).is_file():
         where = (
             "" if corpus.path == str(folder) else f" (a relative path starts at the working directory, {Path.cwd()})"

@@ -26,6 +26,7 @@ from pipelines.command_line import EXIT_DONE, EXIT_INTERRUPTED, run_command
 from pipelines.corpus import Corpus, open_corpus
 from pipelines.corpus_writer import TOKENIZER_FILE, write_corpus
 from pipelines.errors import UserError
+from pipelines.paths import absolute, made_folder
 from pipelines.scratch import scratch_folder, sweep
 from pipelines.shards import FORMAT, MANIFEST, Manifest, open_shards
 from pipelines.tasks import runner
@@ -40,7 +41,7 @@ def run(arguments: PrepareArguments) -> int:
     """
     console = Console()
     started = time.monotonic()
-    out = Path(os.path.abspath(os.path.expanduser(arguments.out)))
+    out = Path(absolute(arguments.out))
     corpus = open_corpus(arguments.source())
     tokenizer = arguments.tokenizer or BYTE
     _check_tokenizer(tokenizer, arguments.document_token)
@@ -115,20 +116,14 @@ def _content(out: Path) -> list[str]:
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """An empty folder within ``out``; ``out`` is gone afterwards if it is new and was left empty."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(out) as folder:
+        with made_folder(out), scratch_folder(out) as folder:
             yield folder
     except OSError as error:
         if error.errno is None:  # Ray's own, of a cluster that cannot be reached
             raise
         at = error.filename if isinstance(error.filename, str) else out
         raise UserError(f"--out {out}: cannot be written ({error.strerror}: {at})") from error
-    finally:
-        for folder in missing:
-            if folder.is_dir() and not os.listdir(folder):
-                folder.rmdir()
 
 
 def _fill(

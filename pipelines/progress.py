@@ -61,11 +61,6 @@ class Standing:
             self.tokens_per_second = old + _SPEED_WEIGHT * (speed - old)
 
     @property
-    def has_trained(self) -> bool:
-        """Whether an optimizer step was among the records."""
-        return self._seen > 0
-
-    @property
     def seconds_left(self) -> float | None:
         """Until the last step, at the pace since start-up was over (validations and checkpoints included)."""
         if self._origin is None or self.step <= self._origin[0]:
@@ -208,11 +203,6 @@ class RunProgress:
         """Show a line that stays."""
         with self._lock:
             self._view.say(text)
-
-    @property
-    def has_trained(self) -> bool:
-        """Whether a step was taken since this was made."""
-        return self._standing.has_trained
 
     def poll(self) -> None:
         """Show what is new."""

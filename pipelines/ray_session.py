@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipelines.addresses import place_of, silence_at
 from pipelines.config import RunConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 
 # Must be set before ray is imported. Nothing here overrides what the user has set.
 QUIET_AND_QUICK = {
@@ -39,6 +40,9 @@ def connect() -> Iterator[dict[str, float]]:
     """Connect to the cluster of ``RAY_ADDRESS`` (a submitted job has it), or start one on this machine for the while.
 
     A process that is connected already stays so. Yields the cluster's resources.
+
+    Raises:
+        UserError: no cluster answers at ``RAY_ADDRESS``.
     """
     address = os.environ.get("RAY_ADDRESS")
     for name, value in {**QUIET_AND_QUICK, **({} if address else LOOPBACK)}.items():
@@ -51,7 +55,11 @@ def connect() -> Iterator[dict[str, float]]:
     # Workers' output stays in Ray's own logs: what a run has to say comes through its spool, and what went wrong
     # through the exception.
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _refuse_silent(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise _no_cluster(address, first_line(error)) from error
     else:
         # Without "local", Ray would join any cluster that someone started on this machine.
         ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -66,20 +74,35 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     """The cluster for a run.
 
     Raises:
-        UserError: the cluster cannot hold the workers.
+        UserError: the cluster cannot hold the workers, or does not answer.
     """
     with connect() as resources:
         _check_room(config, resources)
         yield
 
 
-def refuse_more_than_this_machine(config: RunConfig) -> None:
-    """What no Ray cluster of its own could hold is refused before anything starts.
+def refuse_impossible_cluster(config: RunConfig) -> None:
+    """What no Ray cluster of its own could hold is refused before anything starts; so is a cluster that is not there.
 
     Ray may find less, in a container for instance: `ray_session` asks it.
     """
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _refuse_silent(address)
+    else:
         _check_cpus(config, os.cpu_count() or 1, "this machine")
+
+
+def _refuse_silent(address: str) -> None:
+    """Find out in a moment what Ray finds out after minutes."""
+    place = place_of(address)
+    if place and (why := silence_at(place)) is not None:
+        raise _no_cluster(address, why)
+
+
+def _no_cluster(address: str, why: str) -> UserError:
+    return UserError(
+        f"RAY_ADDRESS: no Ray cluster answers at {address} ({why}); unset it, or start one with steadymoe up"
+    )
 
 
 def _check_cpus(config: RunConfig, cpus: float, where: str) -> None:

@@ -26,13 +26,14 @@ _UNFIT_FOR_A_NAME = re.compile(r"""[/:.%"']+""")
 class CheckpointRegistry:
     """What MLflow knows of a run's checkpoints; ``registered.json`` in the run's folder remembers it by their names.
 
-    That file is written after the fact. A crash in between leaves a model that is found again by its run and step.
+    That file is written after the fact. A crash in between leaves a model that is found again: the first call looks.
     """
 
     def __init__(self, client: "MlflowClient", folder: RunFolder) -> None:
         self._client = client
         self._folder = folder
         self._registered: dict[str, str] = read_json(folder.registered)
+        self._found: dict[str, LoggedModel] | None = None
 
     def send(self) -> None:
         """Register what is new, delete what is gone.
@@ -41,10 +42,13 @@ class CheckpointRegistry:
             MlflowException, SQLAlchemyError, OSError: the store does not take it; the next call goes on from there.
         """
         there = whole_checkpoints(self._folder.checkpoints)
+        if self._found is None:
+            self._found = self._find()
+        for name in self._found.keys() - there.keys() - self._registered.keys():
+            self._delete(self._found[name].model_id)
         new, gone = self._differences(there)
-        found = self._find() if new else {}
         for name in new:
-            self._registered[name] = self._register(there[name], found.get(name))
+            self._registered[name] = self._register(there[name], self._found.get(name))
             write_json(self._folder.registered, self._registered)
         for name in gone:
             self._delete(self._registered[name])

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,6 +65,11 @@ class RunFolder:
     def lock(self) -> Path:
         """Locked by the process that works on the run: `pipelines.run_lock`."""
         return self.path / "lock"
+
+    @property
+    def writer_lock(self) -> Path:
+        """Locked by the training worker that writes here: `pipelines.run_lock`."""
+        return self.path / "writer.lock"
 
     @property
     def stop(self) -> Path:
@@ -133,10 +138,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that is either old or new at any moment, never half written."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is either old or new at any moment, never half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    # A name of its own: threads of one process may write the same file.
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def run_folders() -> Iterator[RunFolder]:

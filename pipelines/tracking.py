@@ -8,6 +8,7 @@ print(run.undelivered or "")
 
 import getpass
 import json
+import logging
 import os
 import shlex
 import sys
@@ -21,15 +22,15 @@ from typing import TYPE_CHECKING, Self
 from pipelines.config import RunConfig
 from pipelines.delivery import Drainer
 from pipelines.description import Status, describe
-from pipelines.ending import DESCRIPTION_TAG, write_ending
+from pipelines.ending import DESCRIPTION_TAG, ending_of
 from pipelines.environment import environment
 from pipelines.errors import UserError, first_line
 from pipelines.flatten import Scalar, flatten
 from pipelines.history import History
 from pipelines.home import runs_dir
 from pipelines.loading import dump_config
-from pipelines.run_folder import RunFolder, RunInfo, free_name, read_json, run_folders, write_json
-from pipelines.run_lock import RunLock
+from pipelines.run_folder import RunFolder, RunInfo, free_name, read_json, run_folders, write_json, write_whole
+from pipelines.run_lock import RunBusyError, RunLock, writer_lock
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
 from pipelines.views import run_colour
 
@@ -44,6 +45,10 @@ _DIGEST_LENGTH = 36
 
 FINISH_TIMEOUT_S = 15.0
 """How long a run's end waits for a server that does not answer."""
+LAST_WORDS_S = 10.0
+"""How long it waits for a training worker that still writes."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,6 @@ class Tracker:
     """
 
     def __init__(self, config: RunConfig, store: TrackingStore, folder: RunFolder, lock: RunLock) -> None:
-        self._lock = lock
         self.config = config
         self.store = store
         self.folder = folder
@@ -74,7 +78,7 @@ class Tracker:
         self.undelivered: str | None = None
         """After the end: what to tell the user if MLflow could not be given everything."""
         self._ending: tuple[Status, str | None] | None = None
-        self._drainer = Drainer(store.client, folder)
+        self._drainer = Drainer(store.client, folder, lock)
 
     @classmethod
     def start(
@@ -101,16 +105,18 @@ class Tracker:
             UserError: the store refuses, or does not know the run to resume, or another process works on that.
         """
         with store_errors(store.uri):
-            lock = RunLock(resume) if resume else None
-            folder = _reopen(config, store, resume) if resume else _create(config, store, preset, tags or {})
             if resume:
+                lock = RunLock(resume)
+                folder = _reopen(config, store, resume)
                 _replace_tags(store, folder, tags or {})
-            tracker = cls(config, store, folder, lock or RunLock(folder))
+            else:
+                folder, lock = _create(config, store, preset, tags or {})
+            tracker = cls(config, store, folder, lock)
             try:
                 _record_start(config, store, folder, dataset)
             except BaseException as error:
                 tracker._drainer.start()
-                tracker._end(*_ending_of(error))
+                tracker._end(*_how_it_ends(error))
                 raise
         return tracker
 
@@ -125,16 +131,25 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end(*(self._ending or _ending_of(error)))
+        self._end(*(self._ending or _how_it_ends(error)))
 
     def _end(self, status: Status, reason: str | None) -> None:
         """Write down how the run ended, and let the drainer bring it to MLflow."""
-        write_ending(self.folder, self.config, status, reason)
-        self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S)
-        self._lock.release()
+        try:
+            with writer_lock(self.folder, LAST_WORDS_S):
+                pass
+        except RunBusyError as error:
+            _log.warning("%s; what it writes from now on is not delivered", error)
+        ending = ending_of(self.folder, self.config, status, reason)
+        try:
+            write_json(self.folder.ending, ending)
+        except OSError as error:
+            _log.warning("%s cannot be written: %s", self.folder.ending, error)
+        self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
 
 
-def _create(config: RunConfig, store: TrackingStore, preset: str, tags: Mapping[str, str]) -> RunFolder:
+def _create(config: RunConfig, store: TrackingStore, preset: str, tags: Mapping[str, str]) -> tuple[RunFolder, RunLock]:
+    """A new run and its folder, locked before anybody else can find it."""
     tracking = config.tracking
     experiment_id = store.experiment_id(tracking.experiment)
     name = free_name(tracking.run_name, Path(preset).name.removesuffix(".yaml"))
@@ -154,8 +169,16 @@ def _create(config: RunConfig, store: TrackingStore, preset: str, tags: Mapping[
     )
     folder = RunFolder(runs_dir() / run.info.run_id)
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    folder.write_info(RunInfo(run.info.run_id, name, tracking.experiment, experiment_id, created, shown(store.uri)))
-    return folder
+    info = RunInfo(run.info.run_id, name, tracking.experiment, experiment_id, created, shown(store.uri))
+    try:
+        write_whole(folder.config, dump_config(config))
+        lock = RunLock(folder)
+        folder.write_info(info)
+    except BaseException:
+        # Without a folder nobody would meet the run again to end it.
+        store.client.set_terminated(info.id, "FAILED")
+        raise
+    return folder, lock
 
 
 def _reopen(config: RunConfig, store: TrackingStore, folder: RunFolder) -> RunFolder:
@@ -169,10 +192,12 @@ def _reopen(config: RunConfig, store: TrackingStore, folder: RunFolder) -> RunFo
     if wish and wish not in (first_wish, info.name):
         info = replace(info, name=free_name(wish, wish))
     folder.write_info(replace(info, tracking_uri=shown(store.uri)))
+    # In this order: a driver that vanishes in between leaves an ending that is sent again.
+    write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
     store.client.update_run(info.id, status="RUNNING", name=info.name)
     store.client.set_tag(info.id, DESCRIPTION_TAG, describe(config, History.read(folder.spool)))
+    write_whole(folder.config, dump_config(config))
     folder.ending.unlink(missing_ok=True)
-    write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
     return folder
 
 
@@ -186,7 +211,6 @@ def _record_start(config: RunConfig, store: TrackingStore, folder: RunFolder, da
     from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
     client, run_id = store.client, folder.info.id
-    folder.config.write_text(dump_config(config), encoding="utf-8")
     made_with = environment()
     write_json(folder.environment, made_with)
     for file in (folder.config, folder.environment):
@@ -225,7 +249,7 @@ def _text(value: Scalar) -> str:
     return text if len(text) <= _PARAM_LENGTH else f"{text[: _PARAM_LENGTH - 1]}…"
 
 
-def _ending_of(error: BaseException | None) -> tuple[Status, str | None]:
+def _how_it_ends(error: BaseException | None) -> tuple[Status, str | None]:
     """How a run ends that is left with this exception."""
     match error:
         case None | SystemExit(code=None | 0):

@@ -155,7 +155,8 @@ def store_errors(uri: str) -> Iterator[None]:
 
 def shown(uri: str) -> str:
     """A URI for people, logs and files: without its password, and for a server without user name (or token), too."""
-    return re.sub(r"//[^@/]*@", "//", uri) if uri.startswith("http") else re.sub(r"(//[^:@/]*):[^@/]*@", r"\1@", uri)
+    # Greedy up to the last @ before the path: a password may hold one.
+    return re.sub(r"//[^/]*@", "//", uri) if uri.startswith("http") else re.sub(r"(//[^:@/]*):[^/]*@", r"\1@", uri)
 
 
 def is_database(uri: str) -> bool:

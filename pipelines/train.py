@@ -36,7 +36,7 @@ from pipelines.orphans import end_orphans_in_background
 from pipelines.outcome import Outcome
 from pipelines.prepare import absolute_paths, prepare
 from pipelines.progress import RunProgress
-from pipelines.ray_session import ray_session, refuse_more_than_this_machine
+from pipelines.ray_session import ray_session, refuse_impossible_cluster
 from pipelines.run_folder import RunFolder, find_run
 from pipelines.shards import Manifest, Shards
 from pipelines.summary import print_summary
@@ -67,11 +67,11 @@ def run(arguments: TrainArguments) -> int:
     """
     started = time.monotonic()
     console = Console()
-    resumed = find_run(arguments.resume) if arguments.resume else None
+    resumed = find_run(arguments.resume) if arguments.resume is not None else None
     config = load_config([str(resumed.config)], arguments.settings) if resumed else arguments.config()
     info = resumed.info if resumed else None
     refuse_unwritable_home()
-    refuse_more_than_this_machine(config)
+    refuse_impossible_cluster(config)
     shards = _prepare(config, console)
     config = config.model_copy(
         update={"model": _fit_vocabulary(config.model, shards.manifest), "data": absolute_paths(config.data)}
@@ -98,7 +98,7 @@ def run(arguments: TrainArguments) -> int:
             ending = fit(config, shards, tracker.folder, progress, interrupts)
             if (status := _STATUS[ending.outcome]) != "FINISHED":
                 tracker.end_as(status, ending.reason)
-            _draw(config, tracker.folder)
+            _draw(config, tracker.folder, progress)
     print_summary(tracker.folder, time.monotonic() - started, console)
     if tracker.undelivered:
         _print(console, tracker.undelivered)
@@ -162,11 +162,15 @@ def _dataset_info(shards: Shards) -> DatasetInfo:
     )
 
 
-def _draw(config: RunConfig, folder: RunFolder) -> None:
+def _draw(config: RunConfig, folder: RunFolder, progress: RunProgress) -> None:
     """Draw the run's picture while the run is still open, so that its end delivers it."""
     from pipelines.figure import draw_run
 
-    draw_run(folder, config)
+    try:
+        draw_run(folder, config)
+    except OSError as error:
+        # A full disk. How the run ended is worth more than its picture.
+        progress.say(f"The picture of the run could not be drawn: {error}")
 
 
 def _print(console: Console, text: str) -> None:

@@ -28,13 +28,16 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOAD)
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, collective_timeout_s: float = 60
+) -> list[Any]:
     """Calls ``fn(rank, world_size, *args)`` on every rank and returns the results in rank order.
 
     Arguments:
         fn: a function at the top level of an importable module.
         args: picklable. Tensors are copied.
-        timeout_s: the whole call, in seconds; a single collective gets half of it, so that a hang names its line.
+        timeout_s: the whole call, in seconds.
+        collective_timeout_s: a single collective, and the meeting of the ranks; shorter, so that a hang names its line.
 
     In ``fn`` the default process group is up (gloo over the loopback device) and torch uses one thread. Environment
     variables are those of the caller at the time of the call. A plain tensor is a good result, a DTensor is not.
@@ -50,7 +53,15 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                 ours, theirs = _CONTEXT.Pipe()
                 process = _CONTEXT.Process(
                     target=_rank_main,
-                    args=(rank, world_size, Path(folder) / "store", timeout_s / 2, dict(os.environ), task, theirs),
+                    args=(
+                        rank,
+                        world_size,
+                        Path(folder) / "store",
+                        collective_timeout_s,
+                        dict(os.environ),
+                        task,
+                        theirs,
+                    ),
                     daemon=True,
                 )
                 process.start()

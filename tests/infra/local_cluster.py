@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ from pipelines.run_folder import read_json
 PROJECT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-c", "import sys; from infra.cli import main; sys.exit(main())")
 # What this shell may have from another cluster.
-FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
-STOP_WAIT_S = 10
+FOREIGN = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_AUTH_MODE",
+    "RAY_JOB_STOP_WAIT_TIME_S",
+)
 
 
 @dataclass
@@ -27,12 +34,11 @@ class LocalCluster:
     """A STEADYMOE_HOME and the commands on it."""
 
     home: Path
-    settings: dict[str, str] = field(default_factory=lambda: {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)})
 
     @property
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in (*FOREIGN, "MLFLOW_TRACKING_URI")}
-        return {**kept, "PYTHONPATH": str(PROJECT), "STEADYMOE_HOME": str(self.home), **self.settings}
+        return {**kept, "PYTHONPATH": str(PROJECT), "STEADYMOE_HOME": str(self.home)}
 
     def run(
         self, *words: str, code: int = 0, cwd: Path | None = None, extra: Mapping[str, str] | None = None
@@ -92,21 +98,53 @@ class LocalCluster:
         return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if "=" in entry)
 
 
+def fetch(address: str, **headers: str) -> bytes:
+    """What a server on this machine answers, whatever proxy the environment names."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(address, headers=headers), timeout=60) as answer:
+        content: bytes = answer.read()
+    return content
+
+
 def tree(pid: int) -> list[psutil.Process]:
     """A process and its descendants."""
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.Error):
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
     return []
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Every living process with this mark in its environment."""
+def having(variable: str, value: str) -> list[psutil.Process]:
+    """Every living process with this in its environment."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(MARK_VARIABLE) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(variable) == value:
                 found.append(process)
+    return living(found)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Every living process of the service with this mark."""
+    return having(MARK_VARIABLE, mark)
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended; a zombie has."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def command_lines(processes: list[psutil.Process]) -> list[str]:
+    """Of those that have not ended meanwhile."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()) or process.name())
     return found
 
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,17 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.run_folder import read_json
-from tests.infra.local_cluster import LocalCluster, beyond_loopback, listening, marked, tree
+from tests.infra.local_cluster import (
+    LocalCluster,
+    beyond_loopback,
+    command_lines,
+    fetch,
+    having,
+    listening,
+    living,
+    marked,
+    tree,
+)
 from tests.pipelines.small_run import SETTINGS
 
 pytestmark = pytest.mark.slow
@@ -61,7 +71,7 @@ def test_up_status_and_down_leave_nothing(own: LocalCluster) -> None:
 
     ended = own.run("down")
     assert ended.stderr == ""
-    assert [process for process in processes if process.is_running()] == []
+    assert living(processes) == []
     assert marked(head.mark) + marked(server.mark) == []
     assert not Path(head.temp_dir).exists()
     assert (own.home / "cluster" / "ray_logs").is_dir()
@@ -83,11 +93,11 @@ def test_the_token_is_asked_for_and_told_to_nobody(cluster: LocalCluster) -> Non
     assert len(token) == 64
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{cluster.head.address}/api/jobs/", timeout=20)
+        fetch(f"{cluster.head.address}/api/jobs/")
     assert refused.value.code == 401
     assert stat.S_IMODE(Path(cluster.head.temp_dir).parent.stat().st_mode) == 0o700
     shown = [cluster.run(*words).stdout for words in (("status",), ("up",), ("up", "--exports"))]
-    shown += [" ".join(process.cmdline()) for process in cluster.head.members()]
+    shown += command_lines(cluster.head.members())
     folders = [cluster.home / "cluster", *Path(cluster.head.temp_dir).glob("session_*/logs")]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path != file]
     shown += [path.read_bytes().decode(errors="replace") for path in files]
@@ -140,7 +150,7 @@ def test_an_experiment_is_the_same_through_the_server_and_through_the_database(
                 assert [file.path for file in reader.list_artifacts(run.info.run_id)] == ["note.txt"]
             # As the UI reads it.
             link = f"{cluster.server.address}/get-artifact?path=note.txt&run_uuid={run.info.run_id}"
-            assert urllib.request.urlopen(link, timeout=20).read() == b"kept"
+            assert fetch(link) == b"kept"
         assert ids[0] == ids[1]
 
 
@@ -168,10 +178,8 @@ def test_a_run_without_a_cluster_listens_on_loopback_alone_and_joins_no_other(
     while run.poll() is None:
         processes = tree(run.pid)
         for process in processes:
-            try:
+            with suppress(psutil.Error):
                 names.add(process.name())
-            except psutil.NoSuchProcess:
-                continue
         seen |= listening(processes)
         time.sleep(0.5)
     output = run.communicate()[0]
@@ -184,10 +192,27 @@ def test_a_run_without_a_cluster_listens_on_loopback_alone_and_joins_no_other(
 
 def ask(cluster: LocalCluster, path: str) -> bytes:
     token = (cluster.home / "cluster" / "token").read_text()
-    request = urllib.request.Request(cluster.head.address + path, headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        content: bytes = answer.read()
-    return content
+    return fetch(cluster.head.address + path, Authorization=f"Bearer {token}")
+
+
+DRIVER = "import time, ray; ray.init(log_to_driver=False); print('connected', flush=True); time.sleep(600)"
+
+
+def test_down_refuses_while_a_driver_that_is_no_job_works_on_the_head(own: LocalCluster) -> None:
+    own.up()
+    program = [sys.executable, "-c", DRIVER]
+    with subprocess.Popen(program, env=own.exports(), stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == "connected\n"
+            assert re.search(rf"^  process {driver.pid} .*ray\.init", own.run("status").stdout, re.MULTILINE)
+            refused = own.run("down", code=2)
+            assert re.fullmatch(rf"error: down would end .*: {driver.pid} \(.*\)\n", refused.stderr)
+            assert own.head.alive
+            assert own.server.alive
+        finally:
+            driver.kill()
+    assert "Ray head has ended" in own.run("down").stdout
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(own: LocalCluster, tmp_path: Path) -> None:
@@ -200,13 +225,4 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(own: LocalCluster, tmp_p
         f"error: MLflow server ended at once; its log, {own.home}/cluster/mlflow.log, ends with: half an installation\n"
     )
     assert read_json(own.home / "cluster" / "state.json") == {"head": None, "server": None}
-    mine = [process for process in psutil.process_iter() if _home_of(process) == str(own.home)]
-    assert mine == []
-
-
-def _home_of(process: psutil.Process) -> str | None:
-    try:
-        found = process.environ().get("STEADYMOE_HOME")
-        return str(found) if found else None
-    except (psutil.Error, OSError):
-        return None
+    assert having("STEADYMOE_HOME", str(own.home)) == []

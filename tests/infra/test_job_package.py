@@ -69,6 +69,27 @@ def test_prepared_text_and_given_weights_are_found_from_the_copy(
     assert f"--init-from={tmp_path}/weights" in read_command(["train", "--init-from=weights"]).words
 
 
+def test_a_path_is_written_as_it_is_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "ü 😀 'x'"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    command = read_command(["train", "micro", "--set", "data.corpus={kind: prepared, path: text}"])
+    assert f'data.corpus.path="{folder}/text"' in command.words
+    monkeypatch.chdir(tmp_path)
+    config = parse(TrainArguments, shlex.split(command.entrypoint)[3:], "train").config()
+    assert config.data.corpus.model_dump()["path"] == f"{folder}/text"
+
+
+def test_the_settings_of_a_resumed_run_are_checked_and_hold_in_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["--resume", "x", "--set", "schedule.steps=3", "--set", "tracking.uri=sqlite:///my.db"]
+    command = read_command(["train", *typed])
+    assert command.words == [*typed, "--set", f'tracking.uri="sqlite:///{tmp_path}/my.db"']
+    assert command.resume == "x"
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -76,6 +97,7 @@ def test_prepared_text_and_given_weights_are_found_from_the_copy(
         (["deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train"),
         (["train", "micro", "--set", "optimizer.lr=fast"], "optimizer.lr: should be a valid number"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read: No such file"),
+        (["train", "--resume", "x", "--set", "schedule.steps=0"], "schedule.steps: should be greater than 0, got 0"),
         (["train", "--nonsense"], "unrecognized arguments: --nonsense (see steadymoe train --help)"),
         (["train", "micro", "--print-config"], "--print-config: needs no job"),
     ],

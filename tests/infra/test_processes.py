@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.processes import claim_port, end, last_line, start
+from infra import processes
+from infra.processes import claim_port, end, free_port, last_line, start
 from pipelines.errors import UserError
 from tests.infra.local_cluster import marked
 
@@ -34,7 +35,11 @@ def wait_for(path: Path, mark: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("root_dies_first", [False, True])
-def test_ending_a_service_ends_all_that_it_started(tmp_path: Path, root_dies_first: bool) -> None:
+def test_ending_a_service_ends_all_that_it_started(
+    tmp_path: Path, root_dies_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The family does not end by itself when it is asked.
+    monkeypatch.setattr(processes, "_GRACE_S", 1.0)
     sign, mark = tmp_path / "sign", f"test-{tmp_path}"
     service = start([sys.executable, "-c", FAMILY, str(sign)], os.environ, mark, 1, tmp_path / "log")
     try:
@@ -54,13 +59,35 @@ def test_ending_a_service_ends_all_that_it_started(tmp_path: Path, root_dies_fir
 def test_another_process_with_the_same_pid_is_not_the_service(tmp_path: Path) -> None:
     service = start(["sleep", "600"], os.environ, f"test-{tmp_path}", 1, tmp_path / "log")
     try:
-        earlier = dataclasses.replace(service, started=service.started - 60, mark="of another time")
+        earlier = dataclasses.replace(service, mark="of another time")
         assert not earlier.alive
         end(earlier)
         assert service.alive
     finally:
         end(service)
     assert not service.alive
+
+
+def test_a_clock_that_was_set_changes_nothing(tmp_path: Path) -> None:
+    service = start(["sleep", "600"], os.environ, f"test-{tmp_path}", 1, tmp_path / "log")
+    try:
+        assert dataclasses.replace(service, started=service.started - 3600).alive
+    finally:
+        end(service)
+
+
+def test_a_process_of_another_user_is_not_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(process: psutil.Process) -> dict[str, str]:
+        raise psutil.AccessDenied(process.pid)
+
+    service = start(["sleep", "600"], os.environ, f"test-{tmp_path}", 1, tmp_path / "log")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(psutil.Process, "environ", denied)
+            assert not service.alive
+        assert service.alive
+    finally:
+        end(service)
 
 
 def test_a_taken_port_names_its_holder_and_the_option() -> None:
@@ -73,7 +100,15 @@ def test_a_taken_port_names_its_holder_and_the_option() -> None:
         str(refused.value),
     )
     assert claim_port(port, "--some-port") == port
-    assert claim_port(0, "--some-port") > 1023
+
+
+def test_free_ports_are_different_ones_that_no_outgoing_connection_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = [claim_port(0, "--some-port") for _ in range(50)]
+    assert len(set(ports)) == 50
+    assert all(20_000 <= port < 32_000 for port in ports)
+    with socket.create_server(("127.0.0.1", ports[0])):
+        monkeypatch.setattr(processes, "_UNCLAIMED", iter(ports[:2]))
+        assert free_port() == ports[1]
 
 
 def test_the_last_line_of_a_log_is_the_last_with_words(tmp_path: Path) -> None:

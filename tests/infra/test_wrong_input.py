@@ -66,6 +66,11 @@ def test_an_address_where_nothing_answers(capsys: pytest.CaptureFixture[str], mo
         (["submit", "train", "tiny"], "unrecognized arguments: train tiny"),
         (["submit", "--", "deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train"),
         (["submit", "--", "train", "micro", "--set", "lr=1"], "lr: unknown key; did you mean optimizer.lr?"),
+        (
+            ["submit", "--", "train", "--resume", "x", "--set", "schedule.steps=many"],
+            "schedule.steps: should be a valid",
+        ),
+        (["submit", "--", "train", "--resume", "x", "--set", "tracking.url=x"], "tracking.url: unknown key"),
         (["submit", "--", "train", "mine.yaml"], "mine.yaml: cannot be read: No such file"),
         (["submit", "--watch", "raysubmit_x", "--", "train"], "--watch shows a job that was submitted before"),
         (["submit", "--watch", "raysubmit_x", "--detach"], "--watch and --detach exclude each other"),
@@ -77,6 +82,29 @@ def test_what_was_typed_is_answered_before_any_head_is_looked_for(
     words: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert line in complaint(capsys, *words)
+
+
+@pytest.mark.parametrize("place", ["/proc/steadymoe", "{}/file"])
+def test_a_home_that_cannot_be(
+    place: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "file").touch()
+    wrong = place.format(home)
+    monkeypatch.setenv(HOME_VARIABLE, wrong)
+    assert re.fullmatch(rf"STEADYMOE_HOME: {wrong} cannot be made: .*; name another folder", complaint(capsys, "up"))
+    for command in ("status", "down"):
+        assert main([command]) == 0
+        assert capsys.readouterr().out.startswith(f"Nothing runs for {wrong}.")
+    assert list(home.iterdir()) == [home / "file"]
+
+
+def test_down_makes_no_folders_to_say_that_nothing_runs(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(HOME_VARIABLE, str(home / "new"))
+    assert main(["down"]) == 0
+    assert capsys.readouterr().out == f"Nothing runs for {home}/new.\n"
+    assert list(home.iterdir()) == []
 
 
 def test_without_a_cluster_status_and_down_say_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

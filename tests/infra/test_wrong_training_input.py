@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -274,6 +275,22 @@ def test_runs_that_are_not_what_they_should_be(here: Path, capsys: pytest.Captur
     (run.path / "run.json").write_text("{")
     (line,) = _complaints(capsys, ["train", "--resume", "first"])
     assert str(run.path / "run.json") in line
+
+
+@pytest.mark.parametrize("words", [_set(*TEXTS), ["prepare", "texts", "--out", "new", "--tasks", "1"]])
+def test_a_ray_cluster_that_is_not_there(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    before = sorted(here.rglob("*"))
+    assert _complaints(capsys, words) == [
+        f"RAY_ADDRESS: no Ray cluster answers at {address} (Connection refused); unset it, or start one with "
+        "steadymoe up"
+    ]
+    assert sorted(here.rglob("*")) == before
+    assert not (here.parent / "home" / "mlflow.db").exists()
 
 
 def test_a_home_that_cannot_be_written_to(

@@ -2,13 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+
+from infra.processes import free_port
 
 
 class Server:
@@ -17,9 +18,8 @@ class Server:
     def __init__(self, database: Path, log: Path) -> None:
         self.database = database
         self.log = log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        # It stays free while the server is dead.
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -35,8 +35,9 @@ class Server:
     def answers(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, self.log.read_text()
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+            with opener.open(f"{self.uri}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
@@ -48,8 +49,9 @@ class Server:
             self.process = None
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+def wait_until(condition: Callable[[], bool], deadline_s: float = 600) -> None:
+    """Wait for a condition; AssertionError after the deadline."""
+    deadline = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)

@@ -1,4 +1,5 @@
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def test_a_crash_after_sending_leaves_every_point_once(store: TrackingStore) -> 
     assert again.left() == 0
     assert points(store.client, tracker.folder, "train/loss") == [(step, 5 / step) for step in range(1, 601)]
     assert points(store.client, tracker.folder, "final/loss") == [(0, 0.0083)]
+
+
+def test_a_spool_that_is_another_file_than_the_delivered_one_is_sent_from_its_start(store: TrackingStore) -> None:
+    with Tracker.start(config(), store, dataset=DATASET) as tracker:
+        train(tracker.folder, 1, 30)
+    for offset in (10, tracker.folder.spool.stat().st_size + 10):
+        write_json(tracker.folder.delivered, {"offset": offset, "ended": True})
+        again = Delivery(store.client, tracker.folder)
+        assert again.left() == 2 * 30 + 1
+        again.send()
+    tracker.folder.spool.unlink()
+    assert Delivery(store.client, tracker.folder).left() == 0
+    assert points(store.client, tracker.folder, "train/loss") == [(step, 5 / step) for step in range(1, 31)]
 
 
 def test_a_record_above_the_limit_of_a_request_arrives(store: TrackingStore) -> None:
@@ -81,6 +95,8 @@ def test_what_a_dead_server_did_not_get_is_told_and_delivered_later(
     told = r"1,201 points and the ending and 1 checkpoint of run run-1 could not be delivered"
     assert re.match(told, tracker.undelivered)
     assert "`steadymoe deliver run-1` sends them" in tracker.undelivered
+    # The run stays locked for as long as a request of its own thread is under way.
+    wait_until(lambda: "mlflow-delivery" not in {thread.name for thread in threading.enumerate()})
     server.start()
     assert deliver(tracker.folder) is None
     run = tracker.store.client.get_run(tracker.info.id)

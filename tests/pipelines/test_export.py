@@ -290,6 +290,15 @@ def test_nothing_is_left_of_an_export_that_fails_half_way(
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        export(run, tmp_path / "mine" / "b" / "c")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_folders_above_the_target_are_made(run: RunFolder, tmp_path: Path) -> None:
+    export(run, tmp_path / "a" / "b" / "c")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["c"]
 
 
 def test_a_step_or_run_without_checkpoint_is_refused(run: RunFolder, tmp_path: Path) -> None:

@@ -59,6 +59,26 @@ def test_the_second_signal_ends_the_wait() -> None:
     release.set()
 
 
+def test_a_signal_in_the_moment_when_the_work_begins_asks_it_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    start = threading.Thread.start
+
+    def start_and_signal(thread: threading.Thread) -> None:
+        start(thread)
+        signal.raise_signal(signal.SIGTERM)
+
+    def ask() -> bool:
+        asked.set()
+        return True
+
+    with Interrupts() as interrupts:
+        monkeypatch.setattr(threading.Thread, "start", start_and_signal)
+        try:
+            assert interrupts.wait(lambda: asked.wait(60), ask)
+        except KeyboardInterrupt:
+            pytest.fail("the work had begun, and nobody asked it to end")
+
+
 def test_with_nothing_to_save_the_first_signal_ends_the_wait() -> None:
     release = threading.Event()
 

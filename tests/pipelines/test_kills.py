@@ -10,7 +10,9 @@ from mlflow import MlflowClient
 
 from pipelines.notes import read_notes
 from pipelines.run_folder import RunFolder
+from pipelines.run_lock import is_written_to
 from tests.pipelines.driver import Driver, await_steps, folders, run_steadymoe, sets, steps_of
+from tests.pipelines.mlflow_server import wait_until
 from tests.pipelines.small_run import metrics_of
 
 pytestmark = pytest.mark.slow
@@ -22,15 +24,29 @@ def _losses(folder: RunFolder) -> dict[int, float]:
     return {step: metrics["train/loss"] for step, metrics in metrics_of(folder.path).items()}
 
 
+def _group_at_work(driver: Driver, folder: RunFolder, old: set[int]) -> list[psutil.Process]:
+    """The two workers that train, once none of the old ones is left."""
+
+    def is_there() -> bool:
+        pids = {worker.pid for worker in driver.workers()}
+        return len(pids) == 2 and not pids & old and is_written_to(folder)
+
+    wait_until(is_there)
+    return driver.workers()
+
+
 def test_a_run_whose_workers_are_killed_three_times_equals_an_undisturbed_one(home: Path) -> None:
     settings = sets(*PAIR, "schedule.steps=400", "checkpoint.every_steps=20", "checkpoint.confirm_steps=10")
     run_steadymoe(home, "train", "micro", *settings, "--set", "tracking.run_name=whole")
     chance = random.Random(0)
-    kill_at = sorted(chance.sample(range(30, 330), 3))
     with Driver(home, "train", "micro", *settings, "--set", "tracking.run_name=killed") as driver:
-        for step in kill_at:
-            folder = await_steps("killed", step)
-            chance.choice(driver.workers()).kill()
+        old: set[int] = set()
+        # Far enough apart that the group that replaces a dead one is there before the next kill.
+        for start in (30, 140, 250):
+            folder = await_steps("killed", start + chance.randrange(40))
+            group = _group_at_work(driver, folder, old)
+            old |= {worker.pid for worker in group}
+            chance.choice(group).kill()
         assert driver.wait() == 0, driver.output()
     assert [note.kind for note in read_notes(folder.notes)].count("death") == 3
     assert _losses(folder) == _losses(folders()["whole"])
@@ -42,7 +58,7 @@ def test_a_run_whose_workers_are_killed_three_times_equals_an_undisturbed_one(ho
 
 
 def test_a_run_that_is_interrupted_in_every_way_equals_an_undisturbed_one_once_it_is_resumed(home: Path) -> None:
-    settings = sets(*PAIR, "schedule.steps=300", "checkpoint.every_steps=20", "validation.every_steps=100")
+    settings = sets(*PAIR, "schedule.steps=800", "checkpoint.every_steps=20", "validation.every_steps=200")
     run_steadymoe(home, "train", "micro", *settings, "--set", "tracking.run_name=whole")
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
 
@@ -59,11 +75,11 @@ def test_a_run_that_is_interrupted_in_every_way_equals_an_undisturbed_one_once_i
 
     with Driver(home, "train", "--resume", "parts") as driver:
         await_steps("parts", stopped_at + 50)
-        started, workers = driver.descendants(), driver.workers()
+        started = driver.descendants()
         driver.process.kill()
         driver.wait()
-        # They may take some steps before Ray ends them, and those would count as the next command's.
-        assert psutil.wait_procs(workers, timeout=60)[1] == []
+        # The workers may take some steps before Ray ends them, which would count as the next command's.
+        wait_until(lambda: not is_written_to(folder))
     assert client.get_run(folder.info.id).info.status == "RUNNING"  # nobody was left to say otherwise
 
     with Driver(home, "train", "--resume", "parts") as driver:
@@ -76,7 +92,7 @@ def test_a_run_that_is_interrupted_in_every_way_equals_an_undisturbed_one_once_i
     assert client.get_run(folder.info.id).info.status == "FINISHED"
     assert _losses(folder) == _losses(folders()["whole"])
     points = client.get_metric_history(folder.info.id, "train/loss")
-    assert [point.step for point in points] == list(range(1, 301))
+    assert [point.step for point in points] == list(range(1, 801))
     # Ray's processes end with the driver they belong to; its agents try for about a minute to say why.
     _, left = psutil.wait_procs(started, timeout=180)
     assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []

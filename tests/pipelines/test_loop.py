@@ -1,10 +1,13 @@
 """The training loop on plain torch: what it records, saves, and takes up again."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from pipelines.checkpoints import CheckpointError
 from pipelines.notes import read_notes
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
+from pipelines.run_lock import is_written_to, writer_lock
 from tests.distributed import run_distributed
 from tests.pipelines.small_run import metrics_of, run_loop
 
@@ -151,21 +155,33 @@ def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(tmp_path: 
 
 
 def _run_saving_each_step(run: Path) -> None:
-    assert run_loop(0, 1, run, ("checkpoint.every_steps=1", "checkpoint.keep=2")) == Ending("finished", 12)
+    settings = ("schedule.steps=40", "checkpoint.every_steps=1", "checkpoint.keep=2")
+    assert run_loop(0, 1, run, settings) == Ending("finished", 40)
+
+
+def _being_written(run: Path) -> set[int]:
+    """The files of checkpoints that have not got their name yet, by inode."""
+    found = set()
+    for folder in RunFolder(run).checkpoints.glob(".step-*"):
+        with contextlib.suppress(FileNotFoundError):
+            found |= {entry.inode() for entry in os.scandir(folder) if entry.name.endswith(".safetensors")}
+    return found
 
 
 def test_a_run_killed_while_it_writes_checkpoints_equals_an_undisturbed_one(tmp_path: Path) -> None:
     _run_saving_each_step(tmp_path / "whole")
     run, torn = tmp_path / "run", 0
     for _ in range(200):
+        # What an earlier process left torn is not this one's.
+        left = _being_written(run)
         process = FORKSERVER.Process(target=_run_saving_each_step, args=(run,), daemon=True)
         process.start()
         while torn < 3 and process.is_alive():
-            if any(RunFolder(run).checkpoints.glob(".step-*/*.safetensors")):
+            if _being_written(run) - left:
                 process.kill()
                 process.join()
                 # Without what it was writing, the save was quicker than the kill, and the next process gets it.
-                torn += any(RunFolder(run).checkpoints.glob(".step-*"))
+                torn += bool(_being_written(run) - left)
         process.join()
         if process.exitcode == 0:
             break
@@ -221,8 +237,37 @@ def test_a_run_whose_loss_is_not_finite_ends_at_once_and_saves_nothing(tmp_path:
     (spoilt_path,) = checkpoint_folders(RunFolder(run).checkpoints)
     # What was saved so shortly before may be the cause, and here it is: nobody resumes from it again.
     assert (spoilt_path.name, standing(spoilt_path).state) == ("step-00000004", "suspect")
+    # Cut off before it has saved anything, it has left the old timeline all the same.
+    assert run_distributed(_cut_off, world, run, ("schedule.steps=5",)) == ["cut off"] * world
     assert run_distributed(run_loop, world, run, ("schedule.steps=5",)) == [Ending("finished", 5)] * world
     assert read_manifest(RunFolder(run).checkpoints / "step-00000005").timeline == 1
+
+
+def _cut_off(rank: int, world: int, run: Path, settings: tuple[str, ...]) -> str:
+    """Run the loop up to where it would save."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
+        patch.setattr("pipelines.checkpoints.save", _interrupted)
+        run_loop(rank, world, run, settings)
+        return "saved"
+    return "cut off"
+
+
+def _interrupted(*_: object, **__: object) -> None:
+    raise InterruptedError
+
+
+def test_a_worker_waits_for_one_that_a_killed_command_has_left_behind(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert not is_written_to(run)
+    with ThreadPoolExecutor(1) as successor:
+        with writer_lock(run, patience_s=0.0):
+            assert is_written_to(run)
+            ending = successor.submit(run_loop, 0, 1, run.path, ())
+            with pytest.raises(TimeoutError):
+                ending.result(timeout=3)
+            assert not run.spool.exists()
+        assert ending.result() == Ending("finished", 12)
+    assert not is_written_to(run)
 
 
 def _spoil(shard: Path) -> None:

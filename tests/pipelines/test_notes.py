@@ -18,7 +18,7 @@ def test_a_line_cut_short_costs_that_note_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     add_note(path, Note("resume", "first"))
     with path.open("ab") as file:
-        file.write(b'{"kind": "dea\n')
+        file.write(b'\n{"kind": "dea')
     add_note(path, Note("resume", "last"))
     assert [note.text for note in read_notes(path)] == ["first", "last"]
 

@@ -83,6 +83,16 @@ def test_a_crash_at_any_point_leaves_no_double_and_no_half(store: TrackingStore)
     assert read_json(folder.registered) == registered
 
 
+def test_a_model_that_a_crash_left_unknown_goes_with_its_checkpoint(store: TrackingStore) -> None:
+    with Tracker.start(config(), store, dataset=DATASET) as tracker:
+        path = checkpoint(tracker.folder, 10)
+    tracker.folder.registered.unlink()
+    shutil.rmtree(path)
+    checkpoint(tracker.folder, 20)
+    assert deliver(tracker.folder) is None
+    assert checkpoints_in(store.client, tracker.folder).keys() == {"run-1-step00000020"}
+
+
 def test_a_checkpoint_without_a_manifest_is_none(store: TrackingStore) -> None:
     with Tracker.start(config(), store, dataset=DATASET) as tracker:
         (tracker.folder.checkpoints / "step-00000010").mkdir(parents=True)

@@ -1,9 +1,6 @@
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -11,15 +8,12 @@ from typing import NoReturn
 import mlflow
 import pytest
 
-from pipelines.delivery import deliver
 from pipelines.ending import DESCRIPTION_TAG
 from pipelines.errors import UserError
 from pipelines.flatten import flatten
-from pipelines.home import runs_dir
 from pipelines.loading import load_config
-from pipelines.orphans import end_orphans
-from pipelines.run_folder import RunFolder, find_run
-from pipelines.spool import TRAIN, SpoolReader, SpoolWriter
+from pipelines.run_folder import find_run
+from pipelines.spool import TRAIN, SpoolWriter
 from pipelines.tracking import Tracker, log_params
 from pipelines.tracking_store import TrackingStore, open_store, open_store_in_background, tracking_uri
 from tests.pipelines.tracked import DATASET, config, points, train
@@ -105,58 +99,6 @@ def test_the_driver_may_say_how_a_run_ended(store: TrackingStore) -> None:
     run = store.client.get_run(tracker.info.id)
     assert run.info.status == "FAILED"
     assert "(a worker ran out of memory)" in run.data.tags[DESCRIPTION_TAG]
-
-
-DRIVER = """
-import time
-from pipelines.tracking import Tracker
-from pipelines.tracking_store import local_database, open_store
-from tests.pipelines.tracked import DATASET, config, train
-with Tracker.start(config(), open_store(local_database()), dataset=DATASET) as tracker:
-    train(tracker.folder, 1, 3)
-    print(tracker.info.id, flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.fixture
-def vanished(store: TrackingStore, home: Path) -> RunFolder:
-    """A run whose driver was killed with SIGKILL, in a database that takes it for alive."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "STEADYMOE_HOME": str(home), "PYTHONPATH": str(root)}
-    with subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, env=environment) as driver:
-        assert driver.stdout is not None
-        folder = RunFolder(runs_dir() / driver.stdout.readline().strip())
-        with pytest.raises(UserError, match=rf"run run-1 is in use by process {driver.pid} on "):
-            deliver(folder)
-        end_orphans(store)
-        driver.kill()
-    assert store.client.get_run(folder.info.id).info.status == "RUNNING"
-    return folder
-
-
-def test_a_run_whose_driver_vanished_is_ended_by_the_next_that_comes_by(
-    store: TrackingStore, vanished: RunFolder
-) -> None:
-    end_orphans(store)
-    run = store.client.get_run(vanished.info.id)
-    assert run.info.status == "KILLED"
-    assert run.info.end_time == SpoolReader(vanished.spool).read()[-1].time_ms
-    assert run.data.metrics["final/loss"] == round(5 / 3, 4)
-    assert "at step 3 (its driver vanished)" in run.data.tags[DESCRIPTION_TAG]
-    assert points(store.client, vanished, "train/loss") == [(step, 5 / step) for step in (1, 2, 3)]
-
-
-def test_a_run_whose_driver_vanished_is_ended_by_its_delivery(store: TrackingStore, vanished: RunFolder) -> None:
-    assert deliver(vanished) is None
-    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
-
-
-def test_a_run_whose_driver_vanished_can_be_resumed(store: TrackingStore, vanished: RunFolder) -> None:
-    with Tracker.start(config(), store, dataset=DATASET, resume=vanished):
-        train(vanished, 4, 5)
-    assert store.client.get_run(vanished.info.id).info.status == "FINISHED"
-    assert points(store.client, vanished, "train/loss") == [(step, 5 / step) for step in range(1, 6)]
 
 
 def test_a_resumed_run_is_the_same_run_with_every_point_once(store: TrackingStore) -> None:

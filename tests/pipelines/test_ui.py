@@ -4,7 +4,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 from selenium import webdriver
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -40,8 +45,8 @@ STEPS = 40
 # A page takes 3 to 10 s on two idle cores.
 PATIENCE_S = 120
 
-# The chart with this title as plotly has it: names, x and y of its lines, and how wide what it drew of them is.
-# The page scrolls on until it is there.
+# The lines of the chart with this title as plotly has them: name, x and y of each, once those of so many runs are drawn
+# (over more than 100 pixels). The page scrolls on until the chart is there; runs come one by one, some with two lines.
 CHART = """
 const cards = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')];
 const card = cards.find(card => card.querySelector('h4')?.title === arguments[0]);
@@ -52,16 +57,20 @@ if (!card) {
 }
 card.scrollIntoView({block: 'center'});
 const plot = card.querySelector('.js-plotly-plot');
-const lines = [...card.querySelectorAll('.scatterlayer path.js-line')];
-if (!plot?.data || !lines.length) return null;
-return {
-  lines: plot.data.filter(line => line.x?.length).map(line => [line.name, Array.from(line.x), Array.from(line.y)]),
-  width: Math.max(...lines.map(line => line.getBoundingClientRect().width)),
-};
+const lines = (plot?.data ?? []).filter(line => line.x?.length);
+const paths = [...card.querySelectorAll('.scatterlayer path.js-line')];
+const width = Math.max(0, ...paths.map(path => path.getBoundingClientRect().width));
+if (new Set(lines.map(line => line.name)).size < arguments[1] || width <= 100) return null;
+return lines.map(line => [line.name, Array.from(line.x), Array.from(line.y)]);
 """
-# Titles of the charts that the page has by now: those further down appear as one scrolls.
+# Titles of the charts that the page has by now, once there are so many: those further down appear as one scrolls.
 TITLES = """
-return [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"] h4')].map(title => title.title)
+const titles = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"] h4')];
+return titles.length < arguments[0] ? null : titles.map(title => title.title);
+"""
+TEXT = """
+const text = document.body.innerText;
+return [...arguments].every(wanted => text.includes(wanted)) && text;
 """
 
 
@@ -85,19 +94,30 @@ class Page:
 
     def wait(self, script: str, *arguments: Any) -> Any:
         """What a script returns, as soon as that is something."""
-        failing = WebDriverWait(self.browser, PATIENCE_S)
-        return failing.until(lambda browser: browser.execute_script(script, *arguments), f"in vain: {script}")
+        return self._until(lambda browser: browser.execute_script(script, *arguments), f"{arguments}: {script}")
 
-    def wait_for_text(self, text: str) -> str:
-        """The page's text once this is in it."""
-        whole: str = self.wait("const t = document.body.innerText; return t.includes(arguments[0]) && t", text)
+    def wait_for_text(self, *texts: str) -> str:
+        """The page's whole text once all of these are in it."""
+        whole: str = self.wait(TEXT, *texts)
         return whole
 
     def click(self, text: str) -> None:
         """Follow the link of this text, into a new tab if it opens one."""
-        self.wait_for_text(text)
-        self.browser.find_element(By.LINK_TEXT, text).click()
-        self.browser.switch_to.window(self.browser.window_handles[-1])
+
+        def follow(browser: webdriver.Chrome) -> bool:
+            browser.find_element(By.LINK_TEXT, text).click()
+            return True
+
+        tabs, address = set(self.browser.window_handles), self.browser.current_url
+        self._until(follow, f"no link {text}")
+        self._until(lambda browser: browser.current_url != address or set(browser.window_handles) - tabs, "no page")
+        for tab in set(self.browser.window_handles) - tabs:
+            self.browser.switch_to.window(tab)
+
+    def _until(self, condition: Callable[[webdriver.Chrome], Any], missing: str) -> Any:
+        # The page may replace an element between finding it and using it.
+        replaced = (NoSuchElementException, StaleElementReferenceException, ElementClickInterceptedException)
+        return WebDriverWait(self.browser, PATIENCE_S, ignored_exceptions=replaced).until(condition, missing)
 
 
 @dataclass(frozen=True)
@@ -176,9 +196,8 @@ def _recorded(folder: RunFolder, kind: str, metric: str) -> tuple[list[int], lis
 )
 def test_the_charts_show_every_run_as_it_was(runs: Runs, page: Page, metric: str, kind: str, names: set[str]) -> None:
     page.open(runs.all_runs)
-    chart = page.wait(CHART, metric)
-    assert chart["width"] > 100
-    drawn = {re.sub(r" \(.*\)$", "", name): (x, y) for name, x, y in chart["lines"]}
+    lines = page.wait(CHART, metric, len(names))
+    drawn = {re.sub(r" \(.*\)$", "", name): (x, y) for name, x, y in lines}
     assert drawn.keys() == names
     for name in names:
         steps, values = _recorded(runs.folders[name], kind, metric)
@@ -188,35 +207,31 @@ def test_the_charts_show_every_run_as_it_was(runs: Runs, page: Page, metric: str
 
 def test_the_view_opens_with_its_sections_and_charts_in_order(runs: Runs, page: Page) -> None:
     page.open(runs.all_runs)
-    text = page.wait_for_text("5 Final figures")
-    places = [text.index(section.title) for section in TRAINING.sections]
+    sections = [section.title for section in TRAINING.sections]
+    text = page.wait_for_text("5 Final figures", *sections, *runs.folders)
+    places = [text.index(title) for title in sections]
     assert places == sorted(places)
     first = [chart.metric for section in TRAINING.sections[:2] for chart in section.charts]
-    assert page.wait(TITLES)[:4] == first[:4]
+    assert page.wait(TITLES, 4)[:4] == first[:4]
     assert all(isinstance(chart, LineChart) for chart in TRAINING.sections[0].charts)
-    assert "error" not in text.lower()
-    for name in runs.folders:
-        assert name in text
+    assert "error" not in page.wait_for_text("5 Final figures").lower()
 
 
 def test_the_description_leads_to_the_other_view(runs: Runs, page: Page) -> None:
     page.open(runs.all_runs.partition("?")[0] + "?workflowType=machine_learning")
     page.click("Routing")
     page.wait_for_text("1 Load balance")
-    assert page.wait(CHART, "moe/max_vio_batch")["width"] > 100
+    # The dense run has no such metric.
+    page.wait(CHART, "moe/max_vio_batch", len(runs.folders) - 1)
 
 
 def test_a_checkpoint_is_found_and_says_where_it_lies(runs: Runs, page: Page) -> None:
     page.open(runs.all_runs.partition("/runs?")[0] + "/models?workflowType=machine_learning")
-    text = page.wait_for_text("finished-step00000040")
-    assert {"finished-step00000020", "resumed-step00000040", "failed-step00000040"} <= set(text.split())
+    page.wait_for_text("finished-step00000040", "finished-step00000020", "resumed-step00000040", "failed-step00000040")
     page.click("finished-step00000040")
-    text = page.wait_for_text(str(runs.folders["finished"].checkpoints / "step-00000040"))
-    assert "val/loss" in text
+    page.wait_for_text(str(runs.folders["finished"].checkpoints / "step-00000040"), "val/loss")
 
 
 def test_the_link_to_this_run_opens_its_page(runs: Runs, page: Page) -> None:
     page.open(runs.this_run)
-    text = page.wait_for_text("Trained a 2-layer MoE")
-    assert "finished" in text
-    assert "Finished" in text
+    page.wait_for_text("Trained a 2-layer MoE", "finished", "Finished")

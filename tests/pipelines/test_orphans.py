@@ -1,0 +1,143 @@
+"""Runs whose driver vanished, and drivers that cannot write down how their run ended."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.delivery import deliver
+from pipelines.ending import DESCRIPTION_TAG
+from pipelines.errors import UserError
+from pipelines.home import runs_dir
+from pipelines.orphans import end_orphans
+from pipelines.run_folder import RunFolder
+from pipelines.run_lock import RunBusyError, writer_lock
+from pipelines.spool import SpoolReader
+from pipelines.tracking import Tracker
+from pipelines.tracking_store import TrackingStore
+from tests.pipelines.tracked import DATASET, config, points, train
+
+DRIVER = """
+import time
+from pipelines.tracking import Tracker
+from pipelines.tracking_store import local_database, open_store
+from tests.pipelines.tracked import DATASET, config, train
+with Tracker.start(config(), open_store(local_database()), dataset=DATASET) as tracker:
+    train(tracker.folder, 1, 3)
+    print(tracker.info.id, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def vanished(store: TrackingStore, home: Path) -> RunFolder:
+    """A run whose driver was killed with SIGKILL, in a database that takes it for alive."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "STEADYMOE_HOME": str(home), "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, env=environment) as driver:
+        assert driver.stdout is not None
+        folder = RunFolder(runs_dir() / driver.stdout.readline().strip())
+        with pytest.raises(UserError, match=rf"run run-1 is in use by process {driver.pid} on "):
+            deliver(folder)
+        end_orphans(store)
+        driver.kill()
+    assert store.client.get_run(folder.info.id).info.status == "RUNNING"
+    return folder
+
+
+def test_a_run_whose_driver_vanished_is_ended_by_the_next_that_comes_by(
+    store: TrackingStore, vanished: RunFolder
+) -> None:
+    end_orphans(store)
+    run = store.client.get_run(vanished.info.id)
+    assert run.info.status == "KILLED"
+    assert run.info.end_time == SpoolReader(vanished.spool).read()[-1].time_ms
+    assert run.data.metrics["final/loss"] == round(5 / 3, 4)
+    assert "at step 3 (its driver vanished)" in run.data.tags[DESCRIPTION_TAG]
+    assert points(store.client, vanished, "train/loss") == [(step, 5 / step) for step in (1, 2, 3)]
+
+
+def test_a_run_whose_driver_vanished_is_ended_by_its_delivery(store: TrackingStore, vanished: RunFolder) -> None:
+    assert deliver(vanished) is None
+    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
+
+
+def test_a_run_whose_driver_vanished_can_be_resumed(store: TrackingStore, vanished: RunFolder) -> None:
+    with Tracker.start(config(), store, dataset=DATASET, resume=vanished):
+        train(vanished, 4, 5)
+    assert store.client.get_run(vanished.info.id).info.status == "FINISHED"
+    assert points(store.client, vanished, "train/loss") == [(step, 5 / step) for step in range(1, 6)]
+
+
+def test_a_run_that_a_worker_still_writes_to_has_not_ended(store: TrackingStore, vanished: RunFolder) -> None:
+    with writer_lock(vanished, patience_s=0.0):
+        end_orphans(store)
+        with pytest.raises(RunBusyError, match="is still written to by a training worker"):
+            deliver(vanished)
+    assert store.client.get_run(vanished.info.id).info.status == "RUNNING"
+    end_orphans(store)
+    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
+
+
+def test_a_run_whose_config_cannot_be_read_any_more_is_ended(store: TrackingStore, vanished: RunFolder) -> None:
+    vanished.config.write_text("of_another_version: 1\n")
+    end_orphans(store)
+    run = store.client.get_run(vanished.info.id)
+    assert (run.info.status, run.data.metrics["final/loss"]) == ("KILLED", round(5 / 3, 4))
+
+
+def test_a_damaged_folder_keeps_no_other_run_from_being_ended(store: TrackingStore, vanished: RunFolder) -> None:
+    for name in ("0", "f" * 32):  # before and after the other, in whatever order they are listed
+        folder = runs_dir() / name
+        folder.mkdir()
+        (folder / "run.json").write_text("{")
+    end_orphans(store)
+    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_on_a_full_disk_mlflow_still_learns_how_a_run_ended_and_nobody_overrules_it(
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full, Tracker.start(config(), store, dataset=DATASET) as tracker:
+        train(tracker.folder, 1, 3)
+        full.setattr("pipelines.run_folder.write_whole", _no_room)
+        tracker.end_as("FAILED", "no room for the last checkpoint")
+    assert tracker.undelivered is None
+    assert not tracker.folder.ending.exists()
+    run = store.client.get_run(tracker.info.id)
+    assert run.info.status == "FAILED"
+    assert "(no room for the last checkpoint)" in run.data.tags[DESCRIPTION_TAG]
+    end_orphans(store)
+    assert store.client.get_run(tracker.info.id).info.status == "FAILED"
+
+
+def test_a_run_that_gets_no_folder_is_not_left_running(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.tracking.write_whole", _no_room)
+    with pytest.raises(UserError, match="No space left"):
+        Tracker.start(config(), store, dataset=DATASET)
+    experiment = store.client.get_experiment_by_name("steadymoe")
+    assert experiment is not None
+    (run,) = store.client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def test_a_driver_that_vanishes_while_it_resumes_leaves_a_run_that_is_ended(
+    store: TrackingStore, vanished: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_orphans(store)
+
+    def vanish(*_: object) -> None:
+        raise SystemExit(137)
+
+    monkeypatch.setattr(store.client, "set_tag", vanish)
+    with pytest.raises(SystemExit):
+        Tracker.start(config(), store, dataset=DATASET, resume=vanished)
+    assert store.client.get_run(vanished.info.id).info.status == "RUNNING"
+    end_orphans(store)
+    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
