@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch.optim.adamw import adamw
 
-from moe.config.trainer import AdamwConfig
+from moe.config.optimizer import AdamwConfig
 from moe.parameters import Parameter
 
 

@@ -1,9 +1,27 @@
 """Schedules: pure functions of the step."""
 
 import math
+from dataclasses import dataclass
 from typing import assert_never
 
-from moe.config.trainer import ConstantDecay, CosineDecay, ScheduleConfig
+from moe.config.schedule import ConstantDecay, CosineDecay, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where training is at one optimizer step, as its schedule has it."""
+
+    step: int
+    """Optimizer steps done before this one."""
+    steps: int
+    """Optimizer steps in all."""
+    lr: float
+    """Learning rate of this step."""
+
+
+def moment_at(schedule: ScheduleConfig, peak_lr: float, step: int) -> Moment:
+    """The moment of optimizer step ``step`` (from 0)."""
+    return Moment(step, schedule.steps, peak_lr * lr_factor(schedule, step))
 
 
 def lr_factor(schedule: ScheduleConfig, step: int) -> float:

@@ -22,7 +22,7 @@ from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
 from moe.routing_stats import RoutingStats, max_violation
-from moe.schedule import lr_factor
+from moe.schedule import Moment, moment_at
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.state import TrainingState
@@ -84,25 +84,28 @@ class Trainer:
             shard_dense_parameters(self.model, ranks)
         self.parameters = ParameterSet(self.model, ranks, dense_is_sharded=sharded)
         self.optimizer = AdamW(self.parameters.all, config.optimizer)
-        self.techniques = build_techniques(config.stability, config.model)
+        self.techniques = build_techniques(config.stability, config.model, ranks)
         self.routers = [layer.router for layer in self.model.moe_layers()]
         self._requested: set[Request] = set()
 
     def step(self) -> Report:
         """One optimizer step. Collective."""
+        moment = moment_at(self.config.schedule, self.config.optimizer.lr, self.steps_done)
         micro_batches = [batch.to(self.ranks.device) for batch in self.batches(self.steps_done)]
         counts = self._count(micro_batches)
         self.parameters.clear_gradients()
         self.ranks.wire.clear()
-        sums = self._forward_backward(micro_batches, counts)
+        for technique in self.techniques.values():
+            technique.before_step(moment)
+        sums = self._forward_backward(micro_batches, counts, moment)
         self.parameters.reduce_gradients()
         norms = self._measure_gradients()
         metrics, load, requests = self._gather(sums, counts)
         finite = math.isfinite(metrics["train/loss"]) and math.isfinite(norms.total)
-        metrics["train/lr"] = lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.steps_done)
+        metrics["train/lr"] = moment.lr
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
         if finite:
-            metrics |= self._update(norms, lr, load)
+            metrics |= self._update(norms, load, moment)
         self.steps_done += 1
         layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
         return Report(self.steps_done, finite, metrics, requests, layer_max_vio)
@@ -116,7 +119,7 @@ class Trainer:
         # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
         return BatchCounts(max(1, tokens), max(1, ahead) * depth, self.config.data.global_batch_size)
 
-    def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts) -> _StepSums:
+    def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts, moment: Moment) -> _StepSums:
         """Gradients of this rank's share of the loss, accumulated over its micro-batches.
 
         Every term is summed up as it enters the loss, its weight included (``train/mtp_loss``, ``train/balance_loss``).
@@ -131,9 +134,12 @@ class Trainer:
                 mtp_sum = cross_entropy_sum(output.mtp_logits, counted_targets(batch, length, 2))
                 terms["mtp_loss"] = mtp_sum * (self.config.model.mtp.loss_weight / counts.mtp_tokens)
             for technique in self.techniques.values():
-                terms |= technique.loss_terms(batch, output.routings, counts)
+                terms |= technique.loss_terms(batch, output, counts, moment)
             torch.stack(list(terms.values())).sum().backward()
             sums.routing.add(output.routings)
+            with torch.no_grad():
+                for technique in self.techniques.values():
+                    technique.after_forward(output.routings)
             for name, term in terms.items():
                 sums.loss[name] = sums.loss.get(name, 0.0) + term.detach().double()
         return sums
@@ -170,19 +176,21 @@ class Trainer:
         return metrics, load, requests
 
     @torch.no_grad()
-    def _update(self, norms: GradientNorms, lr: float, load: StepLoad | None) -> dict[str, float]:
+    def _update(self, norms: GradientNorms, load: StepLoad | None, moment: Moment) -> dict[str, float]:
         """Clip, step, and whatever follows a step that was taken."""
         metrics: dict[str, float] = {}
         for technique in self.techniques.values():
-            figures = technique.on_gradients(self.parameters, norms)
+            figures = technique.on_gradients(self.parameters, norms, self.optimizer, moment)
             metrics |= {f"train/{name}": value for name, value in figures.items()}
         before = [p.local.clone() for p in self.parameters.all]
+        lr = moment.lr * math.prod(technique.lr_factor(moment) for technique in self.techniques.values())
+        metrics["train/lr"] = lr
         self.optimizer.step(lr)
         torch._foreach_sub_(before, [p.local for p in self.parameters.all])
         metrics["train/update_norm"] = self.parameters.norms(before)["total"]
         if load is not None:
             for technique in self.techniques.values():
-                technique.after_step(self.routers, load)
+                technique.after_step(self.routers, load, moment)
             biases = torch.stack([router.expert_bias_E for router in self.routers])
             metrics["moe/bias_abs_max"] = float(biases.abs().max())
         return metrics

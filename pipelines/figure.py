@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe.config.stability import GlobalClipConfig
+from moe.config.clip import GlobalClipConfig
 from pipelines.config import RunConfig
 from pipelines.description import model_in_words
 from pipelines.history import History, Series

@@ -1,64 +1,14 @@
 """Everything that one optimizer step depends on: the part of a run's config that the Trainer reads."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from moe.config.base import Config
 from moe.config.model import ModelConfig
+from moe.config.optimizer import AdamwConfig, OptimizerConfig
+from moe.config.schedule import ScheduleConfig
 from moe.config.stability import StabilityConfig
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class AdamwConfig(Config):
-    """AdamW (arXiv 1711.05101) with the betas of DeepSeek-V3."""
-
-    kind: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    beta1: Beta = 0.9
-    beta2: Beta = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of matrices; norm gains are never decayed."""
-
-
-# The next optimizer makes this a union discriminated by ``kind``, as the families in moe.config.stability are.
-OptimizerConfig = AdamwConfig
-
-
-class ConstantDecay(Config):
-    """The learning rate stays at its peak after the warm-up."""
-
-    kind: Literal["constant"] = "constant"
-
-
-class CosineDecay(Config):
-    """Half a cosine from the peak at the end of the warm-up to ``final_fraction`` of it at the last step."""
-
-    kind: Literal["cosine"] = "cosine"
-    final_fraction: Fraction = 0.1
-
-
-DecayConfig = Annotated[ConstantDecay | CosineDecay, Field(discriminator="kind")]
-
-
-class ScheduleConfig(Config):
-    """How long to train, and the learning rate on the way."""
-
-    steps: PositiveInt = 500
-    """Optimizer steps in all."""
-    warmup_steps: NonNegativeInt = 50
-    """Steps of linear warm-up from 0 (exclusive) to the peak."""
-    decay: DecayConfig = CosineDecay()
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "ScheduleConfig":
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) is larger than steps ({self.steps})")
-        return self
 
 
 class PrecisionConfig(Config):

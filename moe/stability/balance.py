@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
+from moe.config.balance import NoBalanceConfig, SignBalanceConfig
 from moe.config.base import Config
 from moe.config.model import ModelConfig
-from moe.config.stability import NoBalanceConfig, SignBalanceConfig
 from moe.layers.router import Router
+from moe.parallel import Ranks
+from moe.schedule import Moment
 from moe.stability.technique import StepLoad, Technique
 
 
@@ -23,11 +25,11 @@ class SignBalance(Technique):
     up: a mean of 2.5e-6 after 1000 updates.)
     """
 
-    def __init__(self, config: SignBalanceConfig, model: ModelConfig) -> None:
+    def __init__(self, config: SignBalanceConfig, model: ModelConfig, ranks: Ranks) -> None:
         self.rate = config.bias_update_rate
 
     @torch.no_grad()
-    def after_step(self, routers: Sequence[Router], load: StepLoad) -> None:
+    def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         """One update of every layer's bias from the load of the whole step."""
         for router, count_E in zip(routers, load.counts_ME, strict=True):
             # sign(sum - n * count) is exact in integers; a mean in floating point is not.

@@ -3,16 +3,17 @@
 Shape legend: T tokens = B sequences x S positions, E routed experts, K experts per token.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
 from moe.batch import Batch
+from moe.config.balance_loss import NoBalanceLossConfig, SequenceBalanceLossConfig
 from moe.config.base import Config
 from moe.config.model import ModelConfig
-from moe.config.stability import NoBalanceLossConfig, SequenceBalanceLossConfig
 from moe.layers.router import Routing
+from moe.model import ModelOutput
+from moe.parallel import Ranks
+from moe.schedule import Moment
 from moe.stability.technique import BatchCounts, Technique
 
 
@@ -44,16 +45,18 @@ def sequence_balance_sum(routing: Routing, sequences: int, sigmoid: bool) -> tor
 class SequenceBalanceLoss(Technique):
     """``alpha`` times the sequence-wise balance of every MoE layer, averaged over the sequences of the global batch."""
 
-    def __init__(self, config: SequenceBalanceLossConfig, model: ModelConfig) -> None:
+    def __init__(self, config: SequenceBalanceLossConfig, model: ModelConfig, ranks: Ranks) -> None:
         self.coefficient = config.coefficient
         self.sigmoid = model.moe.affinity == "sigmoid"
 
-    def loss_terms(self, batch: Batch, routings: Sequence[Routing], counts: BatchCounts) -> dict[str, torch.Tensor]:
+    def loss_terms(
+        self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
+    ) -> dict[str, torch.Tensor]:
         """This micro-batch's share of the loss; empty for a dense model."""
-        if not routings:
+        if not output.routings:
             return {}
         sequences = batch.ids_BL.shape[0]
-        total = torch.stack([sequence_balance_sum(r, sequences, self.sigmoid) for r in routings]).sum()
+        total = torch.stack([sequence_balance_sum(r, sequences, self.sigmoid) for r in output.routings]).sum()
         return {"balance_loss": total * (self.coefficient / counts.sequences)}
 
 

@@ -3,6 +3,7 @@
 from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.config.stability import StabilityConfig
+from moe.parallel import Ranks
 from moe.stability.balance import BALANCE
 from moe.stability.balance_loss import BALANCE_LOSS
 from moe.stability.clip import CLIP
@@ -16,7 +17,7 @@ FAMILIES: dict[str, dict[type[Config], type[Technique]]] = {
 }
 
 
-def build_techniques(config: StabilityConfig, model: ModelConfig) -> dict[str, Technique]:
+def build_techniques(config: StabilityConfig, model: ModelConfig, ranks: Ranks) -> dict[str, Technique]:
     """One technique per family, in the order in which their slots are called."""
     chosen = {field: getattr(config, field) for field in FAMILIES}
-    return {field: FAMILIES[field][type(choice)](choice, model) for field, choice in chosen.items()}
+    return {field: FAMILIES[field][type(choice)](choice, model, ranks) for field, choice in chosen.items()}

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from moe.config.trainer import ConstantDecay, CosineDecay, ScheduleConfig
+from moe.config.schedule import ConstantDecay, CosineDecay, ScheduleConfig
 from moe.schedule import lr_factor
 
 

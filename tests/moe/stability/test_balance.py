@@ -2,11 +2,13 @@
 
 import torch
 
+from moe.config.balance import SignBalanceConfig
 from moe.config.model import ModelConfig, MoeConfig
-from moe.config.stability import SignBalanceConfig
 from moe.layers.router import Router
 from moe.stability.balance import SignBalance
 from moe.stability.technique import StepLoad
+from tests.moe.build import ALONE
+from tests.moe.stability.moments import START
 
 RATE = 1e-3
 EXPERTS = 12
@@ -19,7 +21,7 @@ def router(num_groups: int = 1, top_groups: int = 1) -> Router:
 
 
 def technique() -> SignBalance:
-    return SignBalance(SignBalanceConfig(bias_update_rate=RATE), ModelConfig())
+    return SignBalance(SignBalanceConfig(bias_update_rate=RATE), ModelConfig(), ALONE)
 
 
 def random_counts(step: int, layers: int = 1) -> torch.Tensor:
@@ -38,7 +40,7 @@ def test_a_bias_moves_towards_underloaded_experts_by_the_recentred_sign() -> Non
     rule = technique()
     for step in range(20):
         counts_ME = random_counts(step, layers=2)
-        rule.after_step(routers, StepLoad(counts_ME))
+        rule.after_step(routers, StepLoad(counts_ME), START)
         for layer, counts in enumerate(counts_ME.tolist()):
             signs = plain_signs(counts)
             mean = sum(signs) / EXPERTS
@@ -52,12 +54,12 @@ def test_a_bias_moves_towards_underloaded_experts_by_the_recentred_sign() -> Non
 def test_an_expert_at_the_mean_load_stays_exactly_and_an_even_load_moves_nothing() -> None:
     made, rule = router(), technique()
     even = torch.full((1, EXPERTS), 2**40 + 1)  # no fp32 number: a mean in floating point would see a difference
-    rule.after_step([made], StepLoad(even))
+    rule.after_step([made], StepLoad(even), START)
     assert not made.expert_bias_E.any()
     pair = even.clone()
     pair[0, 0] += 1
     pair[0, 1] -= 1
-    rule.after_step([made], StepLoad(pair))
+    rule.after_step([made], StepLoad(pair), START)
     assert made.expert_bias_E.tolist() == torch.tensor([-RATE, RATE] + [0.0] * (EXPERTS - 2)).tolist()
 
 
@@ -67,7 +69,7 @@ def test_the_bias_has_zero_mean_after_a_thousand_updates() -> None:
         # One overloaded expert: unrecentred signs would add up to a mean of 0.83.
         counts = random_counts(step)
         counts[0, 0] += 500
-        rule.after_step([made], StepLoad(counts))
+        rule.after_step([made], StepLoad(counts), START)
     assert made.expert_bias_E.abs().max() > 0.5
     assert abs(made.expert_bias_E.double().mean().item()) < 1e-6
 
@@ -79,7 +81,7 @@ def test_recentring_changes_no_choice() -> None:
         for step in range(300):
             counts = random_counts(step)
             counts[0, :2] += 500
-            rule.after_step([recentred], StepLoad(counts))
+            rule.after_step([recentred], StepLoad(counts), START)
             shifted.expert_bias_E += RATE * torch.tensor(plain_signs(counts[0].tolist()))
         assert abs(shifted.expert_bias_E.mean().item()) > 0.05
         x_TD = torch.randn(500, 8, generator=torch.Generator().manual_seed(2))

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from moe.batch import Batch
+from moe.config.balance_loss import SequenceBalanceLossConfig
 from moe.config.model import ModelConfig, MoeConfig
-from moe.config.stability import SequenceBalanceLossConfig
 from moe.layers.router import Router, Routing
+from moe.model import ModelOutput
 from moe.stability.balance_loss import SequenceBalanceLoss
 from moe.stability.technique import BatchCounts
+from tests.moe.build import ALONE
+from tests.moe.stability.moments import START
 
 ALPHA = 0.25
 EXPERTS, TOP_K, WIDTH = 6, 2, 5
@@ -32,10 +35,14 @@ def setting(affinity: str, layers: int = 2) -> tuple[list[Router], torch.Tensor]
     return routers, torch.randn(SEQUENCES * LENGTH, WIDTH, generator=generator)
 
 
-def term(routings: list[Routing], sequences: int = SEQUENCES, affinity: str = "sigmoid") -> torch.Tensor:
-    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(coefficient=ALPHA), model(affinity))
+def term(
+    routings: list[Routing], sequences: int = SEQUENCES, affinity: str = "sigmoid", whole: int | None = None
+) -> torch.Tensor:
+    """The term of one micro-batch of a global batch of ``whole`` sequences."""
+    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(coefficient=ALPHA), model(affinity), ALONE)
     batch = Batch(torch.zeros(sequences, 2, dtype=torch.int64))
-    return technique.loss_terms(batch, routings, BatchCounts(1, 1, sequences))["balance_loss"]
+    counts = BatchCounts(1, 1, whole or sequences)
+    return technique.loss_terms(batch, ModelOutput(torch.empty(0), None, routings), counts, START)["balance_loss"]
 
 
 def plain_loss(weights: list[list[list[float]]], x: list[list[float]], real: list[list[bool]], affinity: str) -> float:
@@ -119,16 +126,15 @@ def test_driving_all_affinities_to_zero_hides_nothing(shift: float) -> None:
 def test_shares_of_micro_batches_add_up_to_the_mean_over_the_global_batch() -> None:
     routers, x_TD = setting("sigmoid")
     whole = term([router(x_TD, PADDED.flatten()) for router in routers])
-    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(coefficient=ALPHA), model())
     parts = 0.0
     for sequence in range(SEQUENCES):
         rows = slice(sequence * LENGTH, (sequence + 1) * LENGTH)
-        batch = Batch(torch.zeros(1, LENGTH + 1, dtype=torch.int64))
         routings = [router(x_TD[rows], PADDED[sequence]) for router in routers]
-        parts += technique.loss_terms(batch, routings, BatchCounts(1, 1, SEQUENCES))["balance_loss"].item()
+        parts += term(routings, 1, whole=SEQUENCES).item()
     assert parts == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_a_dense_model_has_no_balance_loss() -> None:
-    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(), model())
-    assert technique.loss_terms(Batch(torch.zeros(1, 2, dtype=torch.int64)), [], BatchCounts(1, 1, 1)) == {}
+    technique = SequenceBalanceLoss(SequenceBalanceLossConfig(), model(), ALONE)
+    batch = Batch(torch.zeros(1, 2, dtype=torch.int64))
+    assert technique.loss_terms(batch, ModelOutput(torch.empty(0), None, []), BatchCounts(1, 1, 1), START) == {}

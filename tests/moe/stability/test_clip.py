@@ -2,12 +2,15 @@ import pytest
 import torch
 from torch import nn
 
+from moe.config.clip import GlobalClipConfig
 from moe.config.model import ModelConfig
-from moe.config.stability import GlobalClipConfig
-from moe.parallel import Ranks
+from moe.config.optimizer import AdamwConfig
+from moe.optim import AdamW
 from moe.parameters import ParameterSet
 from moe.stability.clip import GlobalClip
 from moe.stability.technique import GradientNorms
+from tests.moe.build import ALONE
+from tests.moe.stability.moments import START
 
 
 def model_with_gradients() -> nn.Module:
@@ -21,10 +24,12 @@ def model_with_gradients() -> nn.Module:
 @pytest.mark.parametrize("max_norm", [0.3, 1.0, 1e3])
 def test_clipping_is_that_of_torch(max_norm: float) -> None:
     ours, theirs = model_with_gradients(), model_with_gradients()
-    parameters = ParameterSet(ours, Ranks(torch.device("cpu")), dense_is_sharded=False)
+    parameters = ParameterSet(ours, ALONE, dense_is_sharded=False)
     norms = parameters.norms()
-    clip = GlobalClip(GlobalClipConfig(max_norm=max_norm), ModelConfig())
-    figures = clip.on_gradients(parameters, GradientNorms(norms.pop("total"), norms))
+    clip = GlobalClip(GlobalClipConfig(max_norm=max_norm), ModelConfig(), ALONE)
+    figures = clip.on_gradients(
+        parameters, GradientNorms(norms.pop("total"), norms), AdamW(parameters.all, AdamwConfig()), START
+    )
     before = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)

@@ -7,6 +7,7 @@ from moe.config.model import ModelConfig
 from moe.config.stability import StabilityConfig
 from moe.stability.families import FAMILIES, build_techniques
 from moe.stability.technique import Technique
+from tests.moe.build import ALONE
 
 
 def kinds(field: str) -> set[type[Config]]:
@@ -27,11 +28,11 @@ def test_every_kind_has_one_implementation(field: str) -> None:
     assert Technique not in active, "a kind that does nothing"
     assert len(set(active)) == len(active), "two kinds that do the same"
     for config, made in implementations.items():
-        assert isinstance(made(config(), ModelConfig()), made)
+        assert isinstance(made(config(), ModelConfig(), ALONE), made)
 
 
 def test_techniques_are_those_that_the_config_names() -> None:
-    built = build_techniques(StabilityConfig(), ModelConfig())
+    built = build_techniques(StabilityConfig(), ModelConfig(), ALONE)
     assert {field: type(technique) for field, technique in built.items()} == {
         field: FAMILIES[field][type(getattr(StabilityConfig(), field))] for field in FAMILIES
     }
