@@ -22,7 +22,7 @@ from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
 from moe.routing_stats import RoutingStats, max_violation
-from moe.schedule import Moment, moment_at
+from moe.schedule import Moment, Timeline
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.state import TrainingState
@@ -39,6 +39,8 @@ class Report:
     """Optimizer steps done, this one included."""
     taken: bool
     """False where loss or gradient was not finite: then nothing has changed but the step's number."""
+    moment: Moment
+    """What the schedule had for it."""
     metrics: dict[str, float]
     requests: frozenset[Request] = frozenset()
     """What any rank has asked for since the last step."""
@@ -75,6 +77,7 @@ class Trainer:
         """Collective. ``config.model.vocab_size`` must be set; ``batches`` gives this rank's share of a step."""
         self.config, self.ranks, self.batches = config, ranks, batches
         self.steps_done = 0
+        self.timeline = Timeline(config)
         if ranks.device.type == "cpu":
             torch.set_num_threads(config.parallel.threads)
         self.model = Transformer(config.model, ranks, compute_dtype(config.precision)).to(ranks.device)
@@ -90,9 +93,9 @@ class Trainer:
 
     def step(self) -> Report:
         """One optimizer step. Collective."""
-        moment = moment_at(self.config.schedule, self.config.optimizer.lr, self.steps_done)
+        moment = self.timeline.at(self.steps_done)
         micro_batches = [batch.to(self.ranks.device) for batch in self.batches(self.steps_done)]
-        counts = self._count(micro_batches)
+        counts = self._count(micro_batches, moment)
         self.parameters.clear_gradients()
         self.ranks.wire.clear()
         for technique in self.techniques.values():
@@ -108,16 +111,15 @@ class Trainer:
             metrics |= self._update(norms, load, moment)
         self.steps_done += 1
         layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
-        return Report(self.steps_done, finite, metrics, requests, layer_max_vio)
+        return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio)
 
-    def _count(self, micro_batches: list[Batch]) -> BatchCounts:
+    def _count(self, micro_batches: list[Batch], moment: Moment) -> BatchCounts:
         """What the global batch holds. Collective whether this rank has padding or not: another rank may."""
-        depth = self.config.model.mtp.depth
-        length = self.config.data.sequence_length
+        depth, length = self.config.model.mtp.depth, moment.sequence_length
         local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (1, 1 + depth)]
         tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
         # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
-        return BatchCounts(max(1, tokens), max(1, ahead) * depth, self.config.data.global_batch_size)
+        return BatchCounts(max(1, tokens), max(1, ahead) * depth, moment.global_batch_size)
 
     def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts, moment: Moment) -> _StepSums:
         """Gradients of this rank's share of the loss, accumulated over its micro-batches.

@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.config.optimizer import AdamwConfig, OptimizerConfig
-from moe.config.schedule import ScheduleConfig
+from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
 from moe.config.stability import StabilityConfig
 
 
@@ -57,43 +57,84 @@ class TrainerConfig(Config):
     """Decides the starting weights and the order of the data."""
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = AdamwConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = SimpleSchedule()
     stability: StabilityConfig = StabilityConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: BatchConfig = BatchConfig()
 
     @property
-    def sequences_per_worker(self) -> int:
-        """Sequences per optimizer step on one worker."""
-        return self.data.global_batch_size // self.parallel.workers
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return sum(self.steps_of(stage) for stage in self.schedule.as_stages())
 
-    @property
-    def micro_batches(self) -> int:
-        """Forward-backward passes per optimizer step on one worker."""
-        return self.sequences_per_worker // (self.data.micro_batch_size or self.sequences_per_worker)
+    def steps_of(self, stage: Stage) -> int:
+        """Optimizer steps of a stage."""
+        sequences, length = self.batch_of(stage)
+        return stage.steps or -(-(stage.tokens or 0) // (sequences * length))
+
+    def batch_of(self, stage: Stage) -> tuple[int, int]:
+        """Sequences of a global batch in a stage, and tokens per sequence."""
+        data = self.data
+        return stage.global_batch_size or data.global_batch_size, stage.sequence_length or data.sequence_length
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> "TrainerConfig":
-        workers, experts = self.parallel.workers, self.model.moe.num_experts
-        if self.data.global_batch_size % workers:
-            raise ValueError(
-                f"data.global_batch_size ({self.data.global_batch_size}) "
-                f"is not divisible by parallel.workers ({workers})"
-            )
-        micro = self.data.micro_batch_size
-        if micro is not None and self.sequences_per_worker % micro:
-            raise ValueError(
-                f"data.micro_batch_size ({micro}) does not divide a worker's share of the batch, "
-                f"data.global_batch_size / parallel.workers = {self.sequences_per_worker}"
-            )
-        if self.parallel.expert_parallel > 1 and experts == 0:
+        experts, parallel = self.model.moe.num_experts, self.parallel
+        self._refuse_uneven_batch(self.data.global_batch_size, "data.global_batch_size")
+        if parallel.expert_parallel > 1 and experts == 0:
             raise ValueError(
                 "parallel.expert_parallel is above 1, but model.moe.num_experts is 0: there is no expert to place"
             )
-        if experts % self.parallel.expert_parallel:
+        if experts % parallel.expert_parallel:
             raise ValueError(
                 f"model.moe.num_experts ({experts}) is not divisible by parallel.expert_parallel "
-                f"({self.parallel.expert_parallel})"
+                f"({parallel.expert_parallel})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "TrainerConfig":
+        if not isinstance(self.schedule, StagedSchedule):
+            return self
+        replaced = {
+            "bias_update_rate": ("balance", "bias_update_rate"),
+            "balance_coefficient": ("balance_loss", "coefficient"),
+            "clip_max_norm": ("clip", "max_norm"),
+        }
+        for number, stage in enumerate(self.schedule.stages):
+            name = f"schedule.stages.{number}"
+            if stage.global_batch_size is not None:
+                self._refuse_uneven_batch(stage.global_batch_size, f"{name}.global_batch_size")
+            self._refuse_uneven_samples(stage, name)
+            for key, (family, own) in replaced.items():
+                technique = getattr(self.stability, family)
+                if getattr(stage, key) is not None and own not in type(technique).model_fields:
+                    raise ValueError(
+                        f"{name}.{key} has nothing to act on: stability.{family}.kind is {technique.kind}, "
+                        f"which has no {own}"
+                    )
+        return self
+
+    def _refuse_uneven_batch(self, sequences: int, key: str) -> None:
+        workers, micro = self.parallel.workers, self.data.micro_batch_size
+        if sequences % workers:
+            raise ValueError(f"{key} ({sequences}) is not divisible by parallel.workers ({workers})")
+        if micro is not None and (sequences // workers) % micro:
+            raise ValueError(
+                f"data.micro_batch_size ({micro}) does not divide a worker's share of the batch, "
+                f"{key} / parallel.workers = {sequences // workers}"
+            )
+
+    def _refuse_uneven_samples(self, stage: Stage, name: str) -> None:
+        """A sample has data.sequence_length tokens: it must fall into whole sequences, a batch into whole samples."""
+        sequences, length = self.batch_of(stage)
+        whole = self.data.sequence_length
+        if whole % length:
+            raise ValueError(f"{name}.sequence_length ({length}) does not divide data.sequence_length ({whole})")
+        parts = whole // length
+        if sequences % parts:
+            raise ValueError(
+                f"{name}: a batch of {sequences} sequences of {length} tokens is not whole samples of "
+                f"data.sequence_length ({whole}) tokens; make its global_batch_size a multiple of {parts}"
+            )

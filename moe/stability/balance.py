@@ -31,10 +31,11 @@ class SignBalance(Technique):
     @torch.no_grad()
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         """One update of every layer's bias from the load of the whole step."""
+        rate = self.rate if moment.bias_update_rate is None else moment.bias_update_rate
         for router, count_E in zip(routers, load.counts_ME, strict=True):
             # sign(sum - n * count) is exact in integers; a mean in floating point is not.
             direction_E = (count_E.sum() - count_E.numel() * count_E).sign().to(torch.float32)
-            bias_E = router.expert_bias_E.add_(direction_E, alpha=self.rate)
+            bias_E = router.expert_bias_E.add_(direction_E, alpha=rate)
             bias_E.sub_(bias_E.double().mean())
 
 

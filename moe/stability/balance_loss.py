@@ -56,8 +56,9 @@ class SequenceBalanceLoss(Technique):
         if not output.routings:
             return {}
         sequences = batch.ids_BL.shape[0]
+        coefficient = self.coefficient if moment.balance_coefficient is None else moment.balance_coefficient
         total = torch.stack([sequence_balance_sum(r, sequences, self.sigmoid) for r in output.routings]).sum()
-        return {"balance_loss": total * (self.coefficient / counts.sequences)}
+        return {"balance_loss": total * (coefficient / counts.sequences)}
 
 
 BALANCE_LOSS: dict[type[Config], type[Technique]] = {

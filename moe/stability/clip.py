@@ -20,7 +20,8 @@ class GlobalClip(Technique):
         self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
     ) -> dict[str, float]:
         """Clip in place."""
-        factor = min(1.0, self.max_norm / (norms.total + 1e-6))
+        max_norm = self.max_norm if moment.clip_max_norm is None else moment.clip_max_norm
+        factor = min(1.0, max_norm / (norms.total + 1e-6))
         if factor < 1.0:
             parameters.scale_gradients(factor)
         return {"clip_factor": factor}

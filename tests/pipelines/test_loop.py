@@ -51,6 +51,25 @@ def test_points_are_recorded_at_the_interval_and_at_the_end(tmp_path: Path) -> N
     assert "moe_max_vio/layer_00" in steps[5]
 
 
+def test_a_stage_that_begins_is_noted_once_even_if_the_run_is_cut_off(tmp_path: Path) -> None:
+    stages = (
+        "schedule={kind: stages, stages: [{steps: 6, global_batch_size: 4, sequence_length: 32}, "
+        "{tokens: 2500, lr: {kind: cosine}}]}"
+    )
+    run = RunFolder(tmp_path / "run")
+    ending = run_loop(0, 1, run.path, (stages,))
+    assert ending == Ending("finished", 6 + 2500 // (8 * 64) + 1)
+    shutil.rmtree(run.checkpoints / "step-00000008")
+    shutil.rmtree(run.checkpoints / f"step-{ending.step:08}")
+    whole = metrics_of(run.path)
+    assert [whole[step]["train/stage"] for step in (1, 6, 7, ending.step)] == [1, 1, 2, 2]
+    assert run_loop(0, 1, run.path, (stages,)) == ending
+    assert metrics_of(run.path) == whole
+    assert [note.text for note in read_notes(run.notes) if note.kind == "stage"] == [
+        "step 7: stage 2 of 2 begins, with batches of 8 x 64 tokens"
+    ]
+
+
 def test_two_runs_of_one_seed_are_equal_bit_for_bit_and_another_seed_is_not(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run_loop(0, 1, tmp_path / name, (f"seed={seed}",))

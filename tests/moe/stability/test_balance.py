@@ -1,5 +1,7 @@
 """The sign rule against the paper's formula written out, and what recentring must and must not change."""
 
+from dataclasses import replace
+
 import torch
 
 from moe.config.balance import SignBalanceConfig
@@ -49,6 +51,16 @@ def test_a_bias_moves_towards_underloaded_experts_by_the_recentred_sign() -> Non
         torch.testing.assert_close(made.expert_bias_E, torch.tensor(expected), rtol=0, atol=1e-7)
         assert made.expert_bias_E.dtype == torch.float32
         assert made.expert_bias_E.abs().max() > 2 * RATE
+
+
+def test_a_stage_may_replace_the_rate() -> None:
+    made, rule = router(), technique()
+    rule.after_step([made], StepLoad(random_counts(0)), replace(START, bias_update_rate=0.0))
+    assert not made.expert_bias_E.any()
+    rule.after_step([made], StepLoad(random_counts(0)), replace(START, bias_update_rate=3 * RATE))
+    thrice, plain = made.expert_bias_E.clone(), router()
+    rule.after_step([plain], StepLoad(random_counts(0)), START)
+    torch.testing.assert_close(thrice, 3 * plain.expert_bias_E)
 
 
 def test_an_expert_at_the_mean_load_stays_exactly_and_an_even_load_moves_nothing() -> None:

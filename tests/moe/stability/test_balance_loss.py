@@ -1,6 +1,7 @@
 """The sequence-wise balance loss against DeepSeek-V3's equations 17 to 20 in plain Python."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from moe.config.balance_loss import SequenceBalanceLossConfig
 from moe.config.model import ModelConfig, MoeConfig
 from moe.layers.router import Router, Routing
 from moe.model import ModelOutput
+from moe.schedule import Moment
 from moe.stability.balance_loss import SequenceBalanceLoss
 from moe.stability.technique import BatchCounts
 from tests.moe.build import ALONE
@@ -36,13 +38,17 @@ def setting(affinity: str, layers: int = 2) -> tuple[list[Router], torch.Tensor]
 
 
 def term(
-    routings: list[Routing], sequences: int = SEQUENCES, affinity: str = "sigmoid", whole: int | None = None
+    routings: list[Routing],
+    sequences: int = SEQUENCES,
+    affinity: str = "sigmoid",
+    whole: int | None = None,
+    moment: Moment = START,
 ) -> torch.Tensor:
     """The term of one micro-batch of a global batch of ``whole`` sequences."""
     technique = SequenceBalanceLoss(SequenceBalanceLossConfig(coefficient=ALPHA), model(affinity), ALONE)
     batch = Batch(torch.zeros(sequences, 2, dtype=torch.int64))
     counts = BatchCounts(1, 1, whole or sequences)
-    return technique.loss_terms(batch, ModelOutput(torch.empty(0), None, routings), counts, START)["balance_loss"]
+    return technique.loss_terms(batch, ModelOutput(torch.empty(0), None, routings), counts, moment)["balance_loss"]
 
 
 def plain_loss(weights: list[list[list[float]]], x: list[list[float]], real: list[list[bool]], affinity: str) -> float:
@@ -132,6 +138,13 @@ def test_shares_of_micro_batches_add_up_to_the_mean_over_the_global_batch() -> N
         routings = [router(x_TD[rows], PADDED[sequence]) for router in routers]
         parts += term(routings, 1, whole=SEQUENCES).item()
     assert parts == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_a_stage_may_replace_the_coefficient() -> None:
+    routers, x_TD = setting("sigmoid")
+    routings = [router(x_TD) for router in routers]
+    doubled = term(routings, moment=replace(START, balance_coefficient=2 * ALPHA))
+    assert doubled.item() == pytest.approx(2 * term(routings).item())
 
 
 def test_a_dense_model_has_no_balance_loss() -> None:

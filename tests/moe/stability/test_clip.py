@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -21,15 +23,17 @@ def model_with_gradients() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("max_norm", [0.3, 1.0, 1e3])
-def test_clipping_is_that_of_torch(max_norm: float) -> None:
+@pytest.mark.parametrize(("max_norm", "staged"), [(0.3, None), (1.0, None), (1e3, None), (1e3, 0.3)])
+def test_clipping_is_that_of_torch(max_norm: float, staged: float | None) -> None:
     ours, theirs = model_with_gradients(), model_with_gradients()
     parameters = ParameterSet(ours, ALONE, dense_is_sharded=False)
     norms = parameters.norms()
     clip = GlobalClip(GlobalClipConfig(max_norm=max_norm), ModelConfig(), ALONE)
+    moment = replace(START, clip_max_norm=staged)
     figures = clip.on_gradients(
-        parameters, GradientNorms(norms.pop("total"), norms), AdamW(parameters.all, AdamwConfig()), START
+        parameters, GradientNorms(norms.pop("total"), norms), AdamW(parameters.all, AdamwConfig()), moment
     )
+    max_norm = staged or max_norm
     before = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
