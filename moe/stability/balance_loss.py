@@ -4,12 +4,12 @@ Shape legend: T tokens = B sequences x S positions, E routed experts, K experts 
 """
 
 import torch
-import torch.nn.functional as F
 
 from moe.batch import Batch
 from moe.config.balance_loss import NoBalanceLossConfig, SequenceBalanceLossConfig
 from moe.config.base import Config
-from moe.config.model import ModelConfig
+from moe.config.model import Affinity, ModelConfig
+from moe.layers.affinity import affinity_shares
 from moe.layers.router import Routing
 from moe.model import ModelOutput
 from moe.parallel import Ranks
@@ -17,7 +17,7 @@ from moe.schedule import Moment
 from moe.stability.technique import BatchCounts, Technique
 
 
-def sequence_balance_sum(routing: Routing, sequences: int, sigmoid: bool) -> torch.Tensor:
+def sequence_balance_sum(routing: Routing, sequences: int, affinity: Affinity) -> torch.Tensor:
     """Sum over sequences of ``sum_i f_i P_i`` (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
 
     ``f_i = E / (K T) * (tokens whose K highest raw affinities include i)``: the bias plays no part, nor do groups.
@@ -25,9 +25,7 @@ def sequence_balance_sum(routing: Routing, sequences: int, sigmoid: bool) -> tor
     """
     logits_TE, k = routing.logits_TE, routing.ids_TK.shape[1]
     experts = logits_TE.shape[1]
-    # sigma(x_i) / sum_j sigma(x_j) as a softmax of log-sigmoids needs no epsilon, which a router could hide
-    # under by driving all its affinities towards 0.
-    share_TE = F.logsigmoid(logits_TE).softmax(dim=-1) if sigmoid else routing.affinity_TE
+    share_TE = affinity_shares(logits_TE, affinity)
     # The highest logits have the highest affinities, and are told apart where affinities saturate or underflow.
     chosen_TE = torch.zeros_like(share_TE, requires_grad=False)
     chosen_TE.scatter_(1, logits_TE.detach().topk(k, dim=-1).indices, 1.0)
@@ -47,7 +45,7 @@ class SequenceBalanceLoss(Technique):
 
     def __init__(self, config: SequenceBalanceLossConfig, model: ModelConfig, ranks: Ranks) -> None:
         self.coefficient = config.coefficient
-        self.sigmoid = model.moe.affinity == "sigmoid"
+        self.affinity = model.moe.affinity
 
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
@@ -56,7 +54,7 @@ class SequenceBalanceLoss(Technique):
         if not output.routings:
             return {}
         sequences = batch.ids_BL.shape[0]
-        total = torch.stack([sequence_balance_sum(r, sequences, self.sigmoid) for r in output.routings]).sum()
+        total = torch.stack([sequence_balance_sum(r, sequences, self.affinity) for r in output.routings]).sum()
         return {"balance_loss": total * (self.coefficient / counts.sequences)}
 
 

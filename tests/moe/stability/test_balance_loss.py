@@ -56,6 +56,8 @@ def plain_loss(weights: list[list[list[float]]], x: list[list[float]], real: lis
                 logits = [sum(w * v for w, v in zip(expert, row, strict=True)) for expert in weight]
                 if affinity == "sigmoid":
                     s = [1 / (1 + math.exp(-z)) for z in logits]
+                elif affinity == "sqrt_softplus":
+                    s = [math.sqrt(math.log1p(math.exp(z))) for z in logits]
                 else:
                     s = [math.exp(z) / sum(math.exp(other) for other in logits) for z in logits]
                 top = sorted(range(EXPERTS), key=lambda e: -s[e])[:TOP_K]
@@ -66,7 +68,7 @@ def plain_loss(weights: list[list[list[float]]], x: list[list[float]], real: lis
     return ALPHA * total / SEQUENCES
 
 
-@pytest.mark.parametrize("affinity", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("affinity", ["sigmoid", "softmax", "sqrt_softplus"])
 @pytest.mark.parametrize("real_BS", [None, PADDED], ids=["full", "padded"])
 def test_loss_and_gradient_are_those_of_the_equations(affinity: str, real_BS: torch.Tensor | None) -> None:
     routers, x_TD = setting(affinity)
