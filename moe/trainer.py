@@ -139,7 +139,7 @@ class Trainer:
             sums.routing.add(output.routings)
             with torch.no_grad():
                 for technique in self.techniques.values():
-                    technique.after_forward(output.routings)
+                    technique.after_forward(self.routers, output.routings)
             for name, term in terms.items():
                 sums.loss[name] = sums.loss.get(name, 0.0) + term.detach().double()
         return sums

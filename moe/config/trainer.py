@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
+from moe.config.balance import balance_problem
 from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.config.optimizer import AdamwConfig, OptimizerConfig
@@ -72,6 +73,13 @@ class TrainerConfig(Config):
     def micro_batches(self) -> int:
         """Forward-backward passes per optimizer step on one worker."""
         return self.sequences_per_worker // (self.data.micro_batch_size or self.sequences_per_worker)
+
+    @model_validator(mode="after")
+    def _experts_can_be_balanced(self) -> "TrainerConfig":
+        problem = balance_problem(self.stability.balance, self.model.moe, self.schedule)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> "TrainerConfig":

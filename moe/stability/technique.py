@@ -60,8 +60,11 @@ class Technique:
     def before_step(self, moment: Moment) -> None:
         """Runs before the first micro-batch: what is gathered during the step begins anew."""
 
-    def after_forward(self, routings: Sequence[Routing]) -> None:
-        """Runs after the forward of every micro-batch of training, outside autograd; never in evaluation."""
+    def after_forward(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
+        """Runs after the forward of every micro-batch of training, outside autograd; never in evaluation.
+
+        ``routers`` hold the biases that the routings came from. A recomputed forward is not another one.
+        """
 
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
