@@ -114,10 +114,11 @@ class Trainer:
         """What the global batch holds. Collective whether this rank has padding or not: another rank may."""
         depth = self.config.model.mtp.depth
         length = self.config.data.sequence_length
-        local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (1, 1 + depth)]
-        tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
+        local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (0, 1, 1 + depth)]
+        inputs, tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
         # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
-        return BatchCounts(max(1, tokens), max(1, ahead) * depth, self.config.data.global_batch_size)
+        sequences = self.config.data.global_batch_size
+        return BatchCounts(max(1, tokens), max(1, ahead) * depth, sequences, max(1, inputs))
 
     def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts, moment: Moment) -> _StepSums:
         """Gradients of this rank's share of the loss, accumulated over its micro-batches.
@@ -231,7 +232,7 @@ class Trainer:
 
 
 def _predicted(batch: Batch, length: int, shift: int) -> int:
-    """Positions of ``batch`` whose token ``shift`` ahead is predicted."""
+    """Positions of ``batch`` that are real, and so are the ``shift`` tokens after them."""
     if batch.real_BL is None:
         return batch.ids_BL.shape[0] * length
     return int((counted_targets(batch, length, shift) != -100).sum())

@@ -52,7 +52,10 @@ class ProportionalBalanceConfig(Config):
 
 
 class SmebuBalanceConfig(Config):
-    """Soft-clamped momentum updates of the bias, SMEBU (Arcee Trinity Large, arXiv 2602.17004)."""
+    """Soft-clamped momentum updates of the bias, SMEBU (Arcee Trinity Large, arXiv 2602.17004).
+
+    That the defaults are those of the report is unconfirmed.
+    """
 
     kind: Literal["smebu"] = "smebu"
     bias_update_rate: PositiveFloat = 5e-4

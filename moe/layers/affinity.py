@@ -27,7 +27,7 @@ def affinities(logits_TE: torch.Tensor, kind: Affinity) -> torch.Tensor:
             assert_never(other)
 
 
-def affinity_shares(logits_TE: torch.Tensor, kind: Affinity) -> torch.Tensor:
+def affinity_shares(logits_TE: torch.Tensor, affinity_TE: torch.Tensor, kind: Affinity) -> torch.Tensor:
     """Affinities divided by their sum over the experts, [T, E].
 
     As a softmax of log-affinities this needs no epsilon, which a router could hide under by driving all its affinities
@@ -37,7 +37,7 @@ def affinity_shares(logits_TE: torch.Tensor, kind: Affinity) -> torch.Tensor:
         case "sigmoid":
             return F.logsigmoid(logits_TE).softmax(dim=-1)
         case "softmax":
-            return logits_TE.softmax(dim=-1)
+            return affinity_TE
         case "sqrt_softplus":
             return (0.5 * _log_softplus(logits_TE)).softmax(dim=-1)
         case other:

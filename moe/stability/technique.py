@@ -31,6 +31,16 @@ class BatchCounts:
     mtp_tokens: int
     """Tokens predicted two ahead by multi-token prediction."""
     sequences: int
+    inputs: int
+    """Real tokens that go in, those that predict nothing included."""
+
+    def routed(self, output: ModelOutput) -> list[int]:
+        """Real tokens that each layer of ``output.routings`` routes."""
+        layers = len(output.routings)
+        if output.mtp_logits is None:
+            return [self.inputs] * layers
+        # The MTP block's layer is the last. It counts positions whose next token is real too, which are the predicted.
+        return [self.inputs] * (layers - 1) + [self.tokens] * min(layers, 1)
 
 
 @dataclass(frozen=True)

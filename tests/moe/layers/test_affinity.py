@@ -25,8 +25,9 @@ def plain(row: list[float], kind: str) -> list[float]:
 def test_affinities_and_their_shares_are_those_of_the_formulas(kind: Affinity) -> None:
     logits_TE = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) * 12
     expected = [plain(row, kind) for row in logits_TE.double().tolist()]
-    for got, wanted in ((affinities, expected), (affinity_shares, [[s / sum(row) for s in row] for row in expected])):
-        values_TE = got(logits_TE, kind)
+    affinity_TE = affinities(logits_TE, kind)
+    shares = [[s / sum(row) for s in row] for row in expected]
+    for values_TE, wanted in ((affinity_TE, expected), (affinity_shares(logits_TE, affinity_TE, kind), shares)):
         assert values_TE.dtype == torch.float32
         torch.testing.assert_close(values_TE.double(), torch.tensor(wanted).double(), rtol=3e-6, atol=0)
 
@@ -50,7 +51,7 @@ def test_the_slope_of_sqrt_softplus_is_finite_and_right_everywhere() -> None:
 @pytest.mark.parametrize("shift", [-1e4, -150.0, 0.0, 90.0, 1e4])
 def test_shares_and_their_gradient_stay_finite_however_far_out(kind: Affinity, shift: float) -> None:
     logits_TE = (torch.tensor([[0.5, -1.0, 0.0, 2.0]]) + shift).requires_grad_()
-    share_TE = affinity_shares(logits_TE, kind)
+    share_TE = affinity_shares(logits_TE, affinities(logits_TE, kind), kind)
     [gradient_TE] = torch.autograd.grad(share_TE[0, 0], logits_TE)
     assert share_TE.sum().item() == pytest.approx(1.0, rel=1e-5)
     assert gradient_TE.isfinite().all()
