@@ -79,6 +79,11 @@ class TrainerConfig(Config):
         problem = balance_problem(self.stability.balance, self.model.moe, self.schedule)
         if problem is not None:
             raise ValueError(problem)
+        if self.model.moe.num_experts == 0 and self.stability.router_z_loss.coefficient > 0:
+            raise ValueError(
+                "stability.router_z_loss.coefficient is above 0, but model.moe.num_experts is 0: there is no router; "
+                "set it to 0"
+            )
         return self
 
     @model_validator(mode="after")
