@@ -33,6 +33,11 @@ class Moment:
     """In place of the clip's own; None leaves that."""
 
 
+def staged(by_stage: float | None, own: float) -> float:
+    """A technique's own value, or what a stage has put in its place."""
+    return own if by_stage is None else by_stage
+
+
 @dataclass(frozen=True)
 class _Span:
     """A stage with its place on the time line."""

@@ -116,10 +116,10 @@ class Trainer:
     def _count(self, micro_batches: list[Batch], moment: Moment) -> BatchCounts:
         """What the global batch holds. Collective whether this rank has padding or not: another rank may."""
         depth, length = self.config.model.mtp.depth, moment.sequence_length
-        local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (1, 1 + depth)]
-        tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
+        local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (0, 1, 1 + depth)]
+        inputs, tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
         # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
-        return BatchCounts(max(1, tokens), max(1, ahead) * depth, moment.global_batch_size)
+        return BatchCounts(max(1, tokens), max(1, ahead) * depth, moment.global_batch_size, max(1, inputs))
 
     def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts, moment: Moment) -> _StepSums:
         """Gradients of this rank's share of the loss, accumulated over its micro-batches.
@@ -141,7 +141,7 @@ class Trainer:
             sums.routing.add(output.routings)
             with torch.no_grad():
                 for technique in self.techniques.values():
-                    technique.after_forward(output.routings)
+                    technique.after_forward(self.routers, output.routings)
             for name, term in terms.items():
                 sums.loss[name] = sums.loss.get(name, 0.0) + term.detach().double()
         return sums
@@ -233,7 +233,7 @@ class Trainer:
 
 
 def _predicted(batch: Batch, length: int, shift: int) -> int:
-    """Positions of ``batch`` whose token ``shift`` ahead is predicted."""
+    """Positions of ``batch`` that are real, and so are the ``shift`` tokens after them."""
     if batch.real_BL is None:
         return batch.ids_BL.shape[0] * length
     return int((counted_targets(batch, length, shift) != -100).sum())

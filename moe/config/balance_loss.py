@@ -21,4 +21,17 @@ class SequenceBalanceLossConfig(Config):
     """Weight of the loss (alpha)."""
 
 
-BalanceLossConfig = Annotated[NoBalanceLossConfig | SequenceBalanceLossConfig, Field(discriminator="kind")]
+class BatchBalanceLossConfig(Config):
+    """Balance loss over the global batch (arXiv 2412.19437, section 4.5.3; arXiv 2501.11873).
+
+    A sequence may then use few experts, as long as the batch uses all.
+    """
+
+    kind: Literal["batch"] = "batch"
+    coefficient: PositiveFloat = 1e-4
+    """Weight of the loss (alpha). The default is the sequence-wise one's, for comparison; a value of this project."""
+
+
+BalanceLossConfig = Annotated[
+    NoBalanceLossConfig | SequenceBalanceLossConfig | BatchBalanceLossConfig, Field(discriminator="kind")
+]

@@ -9,6 +9,8 @@ from moe.config.base import Config
 # DeepSeek-V3 scores a group by its two best experts (arXiv 2412.19437, section 2.1.2 and the released inference code).
 EXPERTS_PER_GROUP_SCORE = 2
 
+Affinity = Literal["sigmoid", "softmax", "sqrt_softplus"]
+
 
 class MlaConfig(Config):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
@@ -63,8 +65,8 @@ class MoeConfig(Config):
     """Hidden width of one expert's SwiGLU."""
     first_dense_layers: NonNegativeInt = 1
     """The first layers keep a dense FFN of model.intermediate_size."""
-    affinity: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Function from router logits to affinities."""
+    affinity: Affinity = "sigmoid"
+    """Function from router logits to affinities; sqrt_softplus is sqrt(softplus(x)) (DeepSeek-V4), unbounded above."""
     num_groups: PositiveInt = 1
     """Experts are divided into this many equal groups, contiguous by expert id."""
     top_groups: PositiveInt = 1

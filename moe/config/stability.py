@@ -4,6 +4,7 @@ from moe.config.balance import BalanceConfig, SignBalanceConfig
 from moe.config.balance_loss import BalanceLossConfig, SequenceBalanceLossConfig
 from moe.config.base import Config
 from moe.config.clip import ClipConfig, GlobalClipConfig
+from moe.config.z_loss import LmZLossConfig, RouterZLossConfig
 
 
 class StabilityConfig(Config):
@@ -11,4 +12,6 @@ class StabilityConfig(Config):
 
     balance: BalanceConfig = SignBalanceConfig()
     balance_loss: BalanceLossConfig = SequenceBalanceLossConfig()
+    router_z_loss: RouterZLossConfig = RouterZLossConfig()
+    lm_z_loss: LmZLossConfig = LmZLossConfig()
     clip: ClipConfig = GlobalClipConfig()

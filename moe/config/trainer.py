@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
+from moe.config.balance import balance_problem
 from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.config.optimizer import AdamwConfig, OptimizerConfig
@@ -77,6 +78,18 @@ class TrainerConfig(Config):
         """Sequences of a global batch in a stage, and tokens per sequence."""
         data = self.data
         return stage.global_batch_size or data.global_batch_size, stage.sequence_length or data.sequence_length
+
+    @model_validator(mode="after")
+    def _experts_can_be_balanced(self) -> "TrainerConfig":
+        problem = balance_problem(self.stability.balance, self.model.moe, self.steps)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.model.moe.num_experts == 0 and self.stability.router_z_loss.coefficient > 0:
+            raise ValueError(
+                "stability.router_z_loss.coefficient is above 0, but model.moe.num_experts is 0: there is no router; "
+                "set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> "TrainerConfig":

@@ -6,7 +6,7 @@ from moe.config.model import ModelConfig
 from moe.optim import AdamW
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
-from moe.schedule import Moment
+from moe.schedule import Moment, staged
 from moe.stability.technique import GradientNorms, Technique
 
 
@@ -20,7 +20,7 @@ class GlobalClip(Technique):
         self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
     ) -> dict[str, float]:
         """Clip in place."""
-        max_norm = self.max_norm if moment.clip_max_norm is None else moment.clip_max_norm
+        max_norm = staged(moment.clip_max_norm, self.max_norm)
         factor = min(1.0, max_norm / (norms.total + 1e-6))
         if factor < 1.0:
             parameters.scale_gradients(factor)

@@ -8,11 +8,14 @@ from moe.stability.balance import BALANCE
 from moe.stability.balance_loss import BALANCE_LOSS
 from moe.stability.clip import CLIP
 from moe.stability.technique import Technique
+from moe.stability.z_loss import LM_Z_LOSS, ROUTER_Z_LOSS
 
 # Field of StabilityConfig -> its config classes and their implementations.
 FAMILIES: dict[str, dict[type[Config], type[Technique]]] = {
     "balance": BALANCE,
     "balance_loss": BALANCE_LOSS,
+    "router_z_loss": ROUTER_Z_LOSS,
+    "lm_z_loss": LM_Z_LOSS,
     "clip": CLIP,
 }
 

@@ -31,6 +31,16 @@ class BatchCounts:
     mtp_tokens: int
     """Tokens predicted two ahead by multi-token prediction."""
     sequences: int
+    inputs: int
+    """Real tokens that go in, those that predict nothing included."""
+
+    def routed(self, output: ModelOutput) -> list[int]:
+        """Real tokens that each layer of ``output.routings`` routes."""
+        layers = len(output.routings)
+        if output.mtp_logits is None:
+            return [self.inputs] * layers
+        # The MTP block's layer is the last. It counts positions whose next token is real too, which are the predicted.
+        return [self.inputs] * (layers - 1) + [self.tokens] * min(layers, 1)
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,11 @@ class Technique:
     def before_step(self, moment: Moment) -> None:
         """Runs before the first micro-batch: what is gathered during the step begins anew."""
 
-    def after_forward(self, routings: Sequence[Routing]) -> None:
-        """Runs after the forward of every micro-batch of training, outside autograd; never in evaluation."""
+    def after_forward(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
+        """Runs after the forward of every micro-batch of training, outside autograd; never in evaluation.
+
+        ``routers`` hold the biases that the routings came from. A recomputed forward is not another one.
+        """
 
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment

@@ -127,7 +127,7 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         ("optimizer.lr=.inf", "optimizer.lr: should be a finite number, got inf"),
         ("optimizer.lr=1e999", "optimizer.lr: should be a finite number, got inf"),
         ("optimizer.lr=-1e-3", "optimizer.lr: should be greater than 0, got -0.001"),
-        ("model.moe.affinity=sigmod", "model.moe.affinity: should be 'sigmoid' or 'softmax', got the text 'sigmod'"),
+        ("model.moe.affinity=sigmod", "model.moe.affinity: should be 'sigmoid', 'softmax' or 'sqrt_softplus', got"),
         ("tracking.run_name=42", "tracking.run_name: should be text, got 42; quote it"),
         ("model=3", "model: should be a mapping of keys, got 3"),
         ("model=", "model: should be a mapping of keys, got nothing"),
