@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe.config.clip import GlobalClipConfig
+from moe.config.clip import GlobalClipConfig, ZClipConfig
 from pipelines.config import RunConfig
 from pipelines.description import model_in_words
 from pipelines.history import History, Series
@@ -27,7 +27,7 @@ def draw_run(folder: RunFolder, config: RunConfig) -> Path:
     history = History.read(folder.spool)
     path = folder.figures / FILE_NAME
     clip = config.stability.clip
-    clip_at = clip.max_norm if isinstance(clip, GlobalClipConfig) else None
+    clip_at = clip.max_norm if isinstance(clip, GlobalClipConfig | ZClipConfig) else None
     draw_training(history, path, f"{folder.info.name}: {model_in_words(config, history)}", clip_at)
     return path
 
@@ -35,7 +35,7 @@ def draw_run(folder: RunFolder, config: RunConfig) -> Path:
 def draw_training(history: History, path: Path, title: str, clip_at: float | None = None) -> None:
     """Draw a history into a PNG file of 1600 x 1000 pixels; panels without data say so.
 
-    ``clip_at`` is the gradient norm above which gradients are clipped, where there is one.
+    ``clip_at`` is the global gradient norm above which gradients are clipped at every step, where there is one.
     """
     from matplotlib.figure import Figure
 

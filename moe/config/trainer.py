@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from moe.config.base import Config
+from moe.config.clip import GroupClipConfig
 from moe.config.model import ModelConfig
 from moe.config.optimizer import AdamwConfig, OptimizerConfig
 from moe.config.schedule import ScheduleConfig
@@ -72,6 +73,20 @@ class TrainerConfig(Config):
     def micro_batches(self) -> int:
         """Forward-backward passes per optimizer step on one worker."""
         return self.sequences_per_worker // (self.data.micro_batch_size or self.sequences_per_worker)
+
+    @model_validator(mode="after")
+    def _options_of_experts_have_experts(self) -> "TrainerConfig":
+        if self.model.moe.num_experts:
+            return self
+        clip, unused = self.stability.clip, []
+        if isinstance(clip, GroupClipConfig):
+            groups = {"router": clip.router_max_norm, "experts": clip.experts_max_norm}
+            unused = [f"stability.clip.{group}_max_norm" for group, limit in groups.items() if limit is not None]
+        if not self.optimizer.decay_router:
+            unused.append("optimizer.decay_router")
+        if unused:
+            raise ValueError(f"{unused[0]} has no effect, since model.moe.num_experts is 0; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> "TrainerConfig":
