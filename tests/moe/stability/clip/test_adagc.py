@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe.config.clip import AdaGcClipConfig
-from tests.moe.stability.clip.toy import Tensors, Toy, assert_close, by_unit, drawn, norm_of
+from tests.moe.toy import Tensors, Toy, assert_close, by_unit, drawn, norm_of
 
 WARMUP, RELATIVE, DECAY, MAX_NORM = 3, 1.2, 0.7, 2.0
 CONFIG = AdaGcClipConfig(relative_limit=RELATIVE, decay=DECAY, warmup_steps=WARMUP, warmup_max_norm=MAX_NORM)

@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from moe.config.clip import GroupClipConfig
-from tests.moe.stability.clip.toy import GROUPS, Toy, drawn, norm_of
+from tests.moe.toy import GROUPS, Toy, drawn, norm_of
 
 LIMITS = {"dense": 1.5, "router": 100.0, "experts": 0.5}
 

@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from moe.config.clip import SpamClipConfig
 from moe.config.optimizer import AdamwConfig
-from tests.moe.stability.clip.toy import Tensors, Toy, assert_close, drawn
 from tests.moe.stability.moments import START
+from tests.moe.toy import Tensors, Toy, assert_close, drawn
 
 THETA, EVERY, REWARMUP, SETTLE = 3.0, 5, 2, 2
 CONFIG = SpamClipConfig(threshold=THETA, reset_every_steps=EVERY, rewarmup_steps=REWARMUP, settle_steps=SETTLE)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe.config.clip import StableSpamClipConfig
-from tests.moe.stability.clip.toy import Tensors, Toy, assert_close, by_unit, drawn, norm_of
+from tests.moe.toy import Tensors, Toy, assert_close, by_unit, drawn, norm_of
 
 MAX_DECAY, NORM_DECAY, SQUARE_DECAY, EVERY = 0.6, 0.7, 0.9, 4
 CONFIG = StableSpamClipConfig(

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from moe.config.clip import ZClipConfig
-from tests.moe.stability.clip.toy import Toy, drawn, norm_of
+from tests.moe.toy import Toy, drawn, norm_of
 
 NORMS = [1.0, 1.3, 0.9, 1.1, 1.05, 1.2, 30.0, 1.0, 0.2, 1.6, 4.0, 1.1]
 WARMUP = 4
