@@ -77,7 +77,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no decay of embedding": {"decay_embeddings": False},
     "no decay of router": {"decay_router": False},
     "bf16": {"moments": "bf16"},
-    "rms": {"update_clip": "rms"},
+    # The floor of eps^2 under the second moment holds for about one element in ten.
+    "rms": {"update_clip": "rms", "eps": 1e-2},
     "rms in bf16": {"update_clip": "rms", "moments": "bf16", "decay_embeddings": False, "decay_router": False},
 }
 
@@ -208,7 +209,7 @@ def test_update_clipping_without_whole_tensors_is_refused() -> None:
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
-CASES: Cases = {name: [{"optimizer": keys}] for name, keys in OPTIONS.items() if name != "plain"}
+CASES: Cases = {name: [{"optimizer": keys}] for name, keys in OPTIONS.items() if keys}
 # Update clipping acts where eps is below the gradients, whose elements are about 1e-3 here.
 CASES |= {name: [*changes, {"optimizer": {"eps": 1e-5}}] for name, changes in CASES.items() if "rms" in name}
 # A moment next to a tie rounds the other way where a sum's last bit differs. Measured: weights 3e-5, moments 9e-4.
