@@ -132,6 +132,6 @@ class ParameterSet:
         return {**{g: s**0.5 for g, s in zip(groups, by_group, strict=True)}, "total": sum(by_group) ** 0.5}
 
     @torch.no_grad()
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply every gradient by ``factor``, in place."""
-        torch._foreach_mul_([p.gradient for p in self.all], factor)
+    def scale_gradients(self, factor: float, group: Group | None = None) -> None:
+        """Multiply every gradient, or those of one group, by ``factor``, in place."""
+        torch._foreach_mul_([p.gradient for p in self.all if group in (None, p.group)], factor)

@@ -26,6 +26,7 @@ from moe.schedule import Moment, Timeline
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.state import TrainingState
+from moe.units import Units
 
 Request = Literal["stop", "save"]
 _REQUESTS: tuple[Request, ...] = ("stop", "save")
@@ -86,8 +87,10 @@ class Trainer:
         if sharded:
             shard_dense_parameters(self.model, ranks)
         self.parameters = ParameterSet(self.model, ranks, dense_is_sharded=sharded)
-        self.optimizer = AdamW(self.parameters.all, config.optimizer)
+        self.optimizer = AdamW(self.parameters.all, config.optimizer, Units(self.parameters.all, ranks))
         self.techniques = build_techniques(config.stability, config.model, ranks)
+        for technique in self.techniques.values():
+            technique.before_training(self.parameters)
         self.routers = [layer.router for layer in self.model.moe_layers()]
         self._requested: set[Request] = set()
 
@@ -187,7 +190,7 @@ class Trainer:
         before = [p.local.clone() for p in self.parameters.all]
         lr = moment.lr * math.prod(technique.lr_factor(moment) for technique in self.techniques.values())
         metrics["train/lr"] = lr
-        self.optimizer.step(lr)
+        metrics |= {f"train/{name}": value for name, value in self.optimizer.step(lr).items()}
         torch._foreach_sub_(before, [p.local for p in self.parameters.all])
         metrics["train/update_norm"] = self.parameters.norms(before)["total"]
         if load is not None:

@@ -6,6 +6,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from moe.config.balance import balance_problem
 from moe.config.base import Config
+from moe.config.clip import GroupClipConfig
 from moe.config.model import ModelConfig
 from moe.config.optimizer import AdamwConfig, OptimizerConfig
 from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
@@ -89,6 +90,20 @@ class TrainerConfig(Config):
                 "stability.router_z_loss.coefficient is above 0, but model.moe.num_experts is 0: there is no router; "
                 "set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_experts_have_experts(self) -> "TrainerConfig":
+        if self.model.moe.num_experts:
+            return self
+        clip, unused = self.stability.clip, []
+        if isinstance(clip, GroupClipConfig):
+            groups = {"router": clip.router_max_norm, "experts": clip.experts_max_norm}
+            unused = [f"stability.clip.{group}_max_norm" for group, limit in groups.items() if limit is not None]
+        if not self.optimizer.decay_router:
+            unused.append("optimizer.decay_router")
+        if unused:
+            raise ValueError(f"{unused[0]} has no effect, since model.moe.num_experts is 0; leave it out")
         return self
 
     @model_validator(mode="after")

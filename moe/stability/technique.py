@@ -67,6 +67,9 @@ class Technique:
     def __init__(self, config: Config, model: ModelConfig, ranks: Ranks) -> None:
         """Build from the technique's own config class, the model it will meet, and this process's place."""
 
+    def before_training(self, parameters: ParameterSet) -> None:
+        """Runs once, when the trainer is built: makes state whose size depends on the parameters."""
+
     def before_step(self, moment: Moment) -> None:
         """Runs before the first micro-batch: what is gathered during the step begins anew."""
 

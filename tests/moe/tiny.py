@@ -148,7 +148,11 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal, NaN included."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

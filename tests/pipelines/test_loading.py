@@ -108,7 +108,11 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         ("xyzzy=1", "xyzzy: unknown key; possible here: seed, model,"),
         # kinds
         ("stability.clip.kind=globl", "stability.clip.kind: 'globl' is no kind of clip; did you mean global?"),
-        ("stability.clip.kind=qqq", "stability.clip.kind: 'qqq' is no kind of clip; possible: none, global"),
+        (
+            "stability.clip.kind=qqq",
+            "stability.clip.kind: 'qqq' is no kind of clip; "
+            "possible: none, global, group, zclip, adagc, spam, stable_spam",
+        ),
         ("data.corpus.paths=[a]", "data.corpus.paths: belongs to kind files, but data.corpus.kind is stdlib"),
         ("data.corpus.kind=files", "data.corpus.paths: is required here"),
         ("stability.clip=global", "stability.clip: should be a mapping of keys, got the text 'global'"),

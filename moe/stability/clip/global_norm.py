@@ -1,7 +1,6 @@
-"""Gradient clipping."""
+"""Clipping of the whole gradient at a fixed norm."""
 
-from moe.config.base import Config
-from moe.config.clip import GlobalClipConfig, NoClipConfig
+from moe.config.clip import GlobalClipConfig
 from moe.config.model import ModelConfig
 from moe.optim import AdamW
 from moe.parallel import Ranks
@@ -20,11 +19,12 @@ class GlobalClip(Technique):
         self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
     ) -> dict[str, float]:
         """Clip in place."""
-        max_norm = staged(moment.clip_max_norm, self.max_norm)
-        factor = min(1.0, max_norm / (norms.total + 1e-6))
+        factor = factor_to(staged(moment.clip_max_norm, self.max_norm), norms.total)
         if factor < 1.0:
             parameters.scale_gradients(factor)
-        return {"clip_factor": factor}
+        return {"clip_factor": factor, "clipped": float(factor < 1.0)}
 
 
-CLIP: dict[type[Config], type[Technique]] = {NoClipConfig: Technique, GlobalClipConfig: GlobalClip}
+def factor_to(max_norm: float, norm: float) -> float:
+    """What a gradient of norm ``norm`` is multiplied by to have at most ``max_norm``, as torch's own clipping does."""
+    return min(1.0, max_norm / (norm + 1e-6))

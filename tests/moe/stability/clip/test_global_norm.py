@@ -9,7 +9,7 @@ from moe.config.model import ModelConfig
 from moe.config.optimizer import AdamwConfig
 from moe.optim import AdamW
 from moe.parameters import ParameterSet
-from moe.stability.clip import GlobalClip
+from moe.stability.clip.global_norm import GlobalClip
 from moe.stability.technique import GradientNorms
 from tests.moe.build import ALONE
 from tests.moe.stability.moments import START
@@ -37,4 +37,5 @@ def test_clipping_is_that_of_torch(max_norm: float, staged: float | None) -> Non
     before = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+    assert figures["clipped"] == float(float(before) > max_norm)
     assert figures["clip_factor"] == pytest.approx(min(1.0, max_norm / float(before)), rel=1e-5)
