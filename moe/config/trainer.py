@@ -6,6 +6,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from moe.config.base import Config
 from moe.config.model import ModelConfig
+from moe.config.monitors import MonitorsConfig
 from moe.config.optimizer import AdamwConfig, OptimizerConfig
 from moe.config.schedule import ScheduleConfig
 from moe.config.stability import StabilityConfig
@@ -59,6 +60,7 @@ class TrainerConfig(Config):
     optimizer: OptimizerConfig = AdamwConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     stability: StabilityConfig = StabilityConfig()
+    monitors: MonitorsConfig = MonitorsConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: BatchConfig = BatchConfig()
