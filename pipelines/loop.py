@@ -54,7 +54,7 @@ class _Recorder:
         if self.config.tracking.per_layer:
             metrics |= {f"moe_max_vio/layer_{i:02}": v for i, v in enumerate(report.layer_max_vio)}
         is_last = report.step == self.config.schedule.steps or not report.taken
-        if report.step % self.config.tracking.every_steps == 0 or is_last:
+        if report.step % self.config.tracking.every_steps == 0 or is_last or report.health is not None:
             self._write(TRAIN, report.step, metrics)
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
