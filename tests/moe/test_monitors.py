@@ -15,7 +15,7 @@ from moe.monitors import Measurements, measure
 from moe.routing_stats import bias_range, mean_pairwise_cosine
 from tests.distributed import run_distributed
 from tests.moe.build import ALONE, build_model, small_config
-from tests.moe.tiny import MTP, PADDED, global_batch, same_bits, tiny_config, tiny_trainer, weights
+from tests.moe.tiny import MTP, PADDED, global_batch, load, same_bits, saved, tiny_config, tiny_trainer, weights
 
 HEALTH = ("activation/residual_rms", "attention/logit_max", "activation/expert_max", "activation/expert_kurtosis")
 MHA = {"kind": "mha", "num_heads": 2, "head_dim": 8}
@@ -191,6 +191,24 @@ def test_measuring_changes_not_a_bit_of_training(world: int, parallel: dict[str,
         assert all(same_bits(after[name], plain_after[name]) for name in plain_after)
         assert no_health == [None] * 3
         assert health == measured[0][2], "ranks report different figures"
+
+
+def measured_and_rewound(rank: int, world: int) -> Any:
+    """Figures of the first step before, and after a measurement and a rewind; bytes counted before and after it."""
+    trainer = tiny_trainer(tiny_config({"parallel": {"workers": world, "expert_parallel": 2, "dense": "shard"}}))
+    start = saved(trainer)
+    first = trainer.step().metrics
+    sent = (trainer.ranks.wire.payload, trainer.ranks.wire.metadata)
+    measure(trainer.model, trainer.batches(0)[0], trainer.ranks)
+    assert (trainer.ranks.wire.payload, trainer.ranks.wire.metadata) == sent
+    load(trainer, *start)
+    return first, trainer.step().metrics, sent
+
+
+def test_what_was_gathered_to_measure_is_forgotten_and_nothing_is_counted_as_sent() -> None:
+    for first, again, sent in run_distributed(measured_and_rewound, 2):
+        assert again == first
+        assert min(sent) > 0
 
 
 def test_every_so_many_steps_are_measured() -> None:
