@@ -16,15 +16,17 @@ from moe.fsdp import release_gathered, shard_dense_parameters, sync_gradients
 from moe.init import initialise
 from moe.loss import counted_targets, cross_entropy_sum
 from moe.model import Transformer
+from moe.monitors import Measurements, measure
 from moe.optim import AdamW
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
-from moe.routing_stats import RoutingStats, max_violation
+from moe.routing_stats import RoutingStats, bias_range, max_violation, mean_pairwise_cosine
 from moe.schedule import Moment, Timeline
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
+from moe.start_check import check_start
 from moe.state import TrainingState
 from moe.units import Units
 
@@ -47,6 +49,8 @@ class Report:
     """What any rank has asked for since the last step."""
     layer_max_vio: tuple[float, ...] = ()
     """MaxVio of the step's load, per MoE layer."""
+    health: Measurements | None = None
+    """Layer by layer, after the update, where this step was one to measure (``monitors.every_steps``)."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,23 @@ class Trainer:
         if finite:
             metrics |= self._update(norms, load, moment)
         self.steps_done += 1
+        health, every = None, self.config.monitors.every_steps
+        if every and self.steps_done % every == 0:
+            health = measure(self.model, micro_batches[0], self.ranks)
+            metrics |= health.headline()
         layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
-        return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio)
+        return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, health)
+
+    def check_start(self) -> None:
+        """Compare the weights just drawn with ``model.init``, if that says so. Collective; every rank ends alike.
+
+        For a run that starts from random weights, before its first step; whoever fills in others leaves it out.
+
+        Raises:
+            ValueError: an embedding or a logit is not of the size that follows from the config; one line.
+        """
+        if self.config.model.init.check:
+            check_start(self.model, self.batches(0)[0].to(self.ranks.device), self.ranks)
 
     def _count(self, micro_batches: list[Batch], moment: Moment) -> BatchCounts:
         """What the global batch holds. Collective whether this rank has padding or not: another rank may."""
@@ -192,13 +211,24 @@ class Trainer:
         metrics["train/lr"] = lr
         metrics |= {f"train/{name}": value for name, value in self.optimizer.step(lr).items()}
         torch._foreach_sub_(before, [p.local for p in self.parameters.all])
-        metrics["train/update_norm"] = self.parameters.norms(before)["total"]
+        update = self.parameters.norms(before)
+        metrics["train/update_norm"] = update.pop("total")
+        metrics |= {f"update_norm/{group}": norm for group, norm in update.items()}
         if load is not None:
             for technique in self.techniques.values():
                 technique.after_step(self.routers, load, moment)
-            biases = torch.stack([router.expert_bias_E for router in self.routers])
-            metrics["moe/bias_abs_max"] = float(biases.abs().max())
+            metrics |= self._router_figures()
         return metrics
+
+    def _router_figures(self) -> dict[str, float]:
+        """Figures of the routers as they are, each the largest over the layers; one transfer for all."""
+        biases_ME = torch.stack([router.expert_bias_E for router in self.routers])
+        figures = {"moe/bias_abs_max": biases_ME.abs().max(), "moe/bias_range": bias_range(biases_ME).max()}
+        experts = biases_ME.shape[1]
+        if experts > 1:
+            similarity_M = mean_pairwise_cosine(self.parameters.router_unit_sums(), experts)
+            figures["moe/router_similarity"] = similarity_M.max().float()
+        return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:

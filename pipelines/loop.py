@@ -16,6 +16,7 @@ from moe.state import JSON
 from moe.trainer import Report, Trainer
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
+from pipelines.errors import UserError
 from pipelines.hf_weights import load_weights
 from pipelines.history import WindowMaximum
 from pipelines.keeper import CheckpointKeeper
@@ -63,7 +64,7 @@ class _Recorder:
         if self.config.tracking.per_layer:
             metrics |= {f"moe_max_vio/layer_{i:02}": v for i, v in enumerate(report.layer_max_vio)}
         is_last = report.step == moment.steps or not report.taken
-        if report.step % self.config.tracking.every_steps == 0 or is_last:
+        if report.step % self.config.tracking.every_steps == 0 or is_last or report.health is not None:
             self._write(TRAIN, report.step, metrics)
 
     def _note_stage(self, report: Report) -> None:
@@ -112,8 +113,11 @@ def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, in
     held_out = ValidationBatches(TokenDataset(shards.validation, length, lookahead), config, ranks.rank, ranks.world)
     trainer = Trainer(config, ranks, training)
     keeper = CheckpointKeeper(trainer, folder, config.checkpoint, _metadata(config, shards))
-    if not keeper.resume() and init_from is not None:
-        load_weights(trainer.state(), config.model, init_from)
+    if not keeper.resume():
+        if init_from is not None:
+            load_weights(trainer.state(), config.model, init_from)
+        else:
+            _check_start(trainer)
     if ranks.rank == 0 and folder.spool.exists():
         add_note(folder.notes, Note("resume", f"training goes on after step {trainer.steps_done}"))
     recorder = _Recorder(config, folder, ranks.rank, trainer.steps_done)
@@ -122,6 +126,14 @@ def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, in
         return _steps(trainer, held_out, recorder, keeper, folder)
     finally:
         recorder.close()
+
+
+def _check_start(trainer: Trainer) -> None:
+    """Raises UserError: nothing that a restart could mend."""
+    try:
+        trainer.check_start()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _metadata(config: RunConfig, shards: Shards) -> dict[str, JSON]:

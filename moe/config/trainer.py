@@ -8,6 +8,7 @@ from moe.config.balance import balance_problem
 from moe.config.base import Config
 from moe.config.clip import GroupClipConfig
 from moe.config.model import ModelConfig
+from moe.config.monitors import MonitorsConfig
 from moe.config.optimizer import AdamwConfig, OptimizerConfig
 from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
 from moe.config.stability import StabilityConfig
@@ -61,6 +62,7 @@ class TrainerConfig(Config):
     optimizer: OptimizerConfig = AdamwConfig()
     schedule: ScheduleConfig = SimpleSchedule()
     stability: StabilityConfig = StabilityConfig()
+    monitors: MonitorsConfig = MonitorsConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: BatchConfig = BatchConfig()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.checkpoint_manifest import checkpoint_folders, read_manifest
 from pipelines.checkpoint_standing import newest_valid, standing
 from pipelines.checkpoints import CheckpointError
+from pipelines.errors import UserError
 from pipelines.notes import read_notes
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
@@ -68,6 +69,19 @@ def test_a_stage_that_begins_is_noted_once_even_if_the_run_is_cut_off(tmp_path: 
     assert [note.text for note in read_notes(run.notes) if note.kind == "stage"] == [
         "step 7: stage 2 of 2 begins, with batches of 8 x 64 tokens"
     ]
+
+
+def test_steps_whose_health_was_measured_are_recorded_as_well(tmp_path: Path) -> None:
+    run_loop(0, 1, tmp_path / "run", ("tracking.every_steps=5", "monitors.every_steps=4"))
+    steps = metrics_of(tmp_path / "run")
+    assert sorted(steps) == [4, 5, 8, 10, 12]
+    assert [step for step, metrics in steps.items() if "activation/expert_max" in metrics] == [4, 8, 12]
+
+
+def test_a_start_that_is_not_the_configs_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="before the first step"):
+        run_loop(0, 1, tmp_path / "run", ("model.init.std=1.0e+30",))
+    assert not RunFolder(tmp_path / "run").spool.exists()
 
 
 def test_two_runs_of_one_seed_are_equal_bit_for_bit_and_another_seed_is_not(tmp_path: Path) -> None:
