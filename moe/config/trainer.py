@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from moe.config.balance import balance_problem
+from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
 from moe.config.clip import GroupClipConfig
 from moe.config.model import ModelConfig
@@ -87,6 +88,11 @@ class TrainerConfig(Config):
         problem = balance_problem(self.stability.balance, self.model.moe, self.steps)
         if problem is not None:
             raise ValueError(problem)
+        if self.model.moe.num_experts == 0 and isinstance(self.stability.balance_loss, BatchBalanceLossConfig):
+            raise ValueError(
+                "stability.balance_loss.kind is batch, but model.moe.num_experts is 0: there is no load to balance; "
+                "set it to none"
+            )
         if self.model.moe.num_experts == 0 and self.stability.router_z_loss.coefficient > 0:
             raise ValueError(
                 "stability.router_z_loss.coefficient is above 0, but model.moe.num_experts is 0: there is no router; "

@@ -70,6 +70,11 @@ def test_a_dense_model_has_no_bias_to_move(kind: str) -> None:
     assert isinstance(tiny_config({"stability": {"balance": {"kind": "sign"}}}, DENSE), TrainerConfig)
 
 
+def test_a_dense_model_has_no_load_for_a_batch_loss() -> None:
+    with pytest.raises(ValueError, match=r"balance_loss\.kind is batch, but model\.moe\.num_experts is 0"):
+        tiny_config({"stability": {"balance_loss": {"kind": "batch"}}}, DENSE)
+
+
 def test_quantiles_are_refused_where_they_are_not_defined() -> None:
     message = refused({"kind": "quantile"}, GROUPED)
     assert "not defined for group-limited selection: set model.moe.top_groups to model.moe.num_groups (4)" in message
