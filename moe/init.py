@@ -5,6 +5,7 @@ experts it holds, and any number of workers and any expert-parallel degree start
 """
 
 import hashlib
+import math
 
 import torch
 
@@ -21,18 +22,32 @@ def _normal_(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
     tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))
 
 
+_OUTPUTS = (".out_proj.weight", ".down.weight", ".experts.w_down")
+"""Ends of the names of each sub-layer's last matrix."""
+
+
+def standard_deviation(name: str, config: InitConfig, num_layers: int) -> float:
+    """Of the normal distribution that the matrix ``name`` of a model of ``num_layers`` is drawn from."""
+    if name == "embed.weight":
+        return config.embedding_std or config.std
+    if config.output_scale == "depth" and name.endswith(_OUTPUTS):
+        return config.std / math.sqrt(2 * num_layers)
+    return config.std
+
+
 @torch.no_grad()
 def initialise(model: Transformer, config: InitConfig, seed: int, ranks: Ranks) -> None:
-    """Fill ``model`` in place: matrices from N(0, std^2), norm gains 1, expert biases 0."""
+    """Fill ``model`` in place: matrices from N(0, ``standard_deviation``^2), norm gains 1, expert biases 0."""
     gains = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
     for name, parameter in model.named_parameters():
+        std = standard_deviation(name, config, model.config.num_layers)
         if id(parameter) in gains:
             parameter.fill_(1.0)
         elif ".experts." in name:
             first = ranks.ep_rank * parameter.shape[0]
             for local, expert in enumerate(parameter):
-                _normal_(expert, config.std, seed, f"{name}.{first + local}")
+                _normal_(expert, std, seed, f"{name}.{first + local}")
         else:
-            _normal_(parameter, config.std, seed, name)
+            _normal_(parameter, std, seed, name)
     for layer in model.moe_layers():
         layer.router.expert_bias_E.zero_()

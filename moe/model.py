@@ -10,8 +10,9 @@ from torch import nn
 
 from moe.batch import Batch
 from moe.config.model import ModelConfig
+from moe.layers.activation import build_activation
 from moe.layers.attention import build_attention, within_documents
-from moe.layers.ffn import SwiGLU
+from moe.layers.ffn import FeedForward
 from moe.layers.linear import Linear
 from moe.layers.moe import MoeLayer
 from moe.layers.norm import RMSNorm
@@ -29,29 +30,35 @@ class ModelOutput:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, dense or MoE by the layer's number."""
+    """Attention and feed-forward, dense or MoE by the layer's number, with norms before, after or on both sides."""
 
     def __init__(self, config: ModelConfig, layer: int, ranks: Ranks) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+        def norm(stands: bool) -> nn.Module:
+            return RMSNorm(config.hidden_size, config.norm_eps) if stands else nn.Identity()
+
+        before, after = config.norm_placement != "reordered", config.norm_placement != "pre"
+        self.attention_norm, self.attention_post_norm = norm(before), norm(after)
         self.attention = build_attention(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn: SwiGLU | MoeLayer
+        self.ffn_norm, self.ffn_post_norm = norm(before), norm(after)
+        self.ffn: FeedForward | MoeLayer
         if config.is_moe_layer(layer):
             self.ffn = MoeLayer(config, ranks)
         else:
-            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
+            activation = build_activation(config.activation)
+            self.ffn = FeedForward(config.hidden_size, config.intermediate_size, activation)
 
     def forward(
         self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None, mask_B1SS: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Routing | None]:
         """[B, S, D] -> the same shape, and the routing if this layer has experts; without a mask, all causal."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), mask_B1SS)
+        x_BSD = x_BSD + self.attention_post_norm(self.attention(self.attention_norm(x_BSD), mask_B1SS))
         normed = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoeLayer):
             y_BSD, routing = self.ffn(normed, real_BS)
-            return x_BSD + y_BSD, routing
-        return x_BSD + self.ffn(normed), None
+            return x_BSD + self.ffn_post_norm(y_BSD), routing
+        return x_BSD + self.ffn_post_norm(self.ffn(normed)), None
 
 
 class MtpBlock(nn.Module):
@@ -121,7 +128,11 @@ class Transformer(nn.Module):
                 routings.append(routing)
         return ModelOutput(self.head(self.norm(x_BSD)), mtp_logits, routings)
 
+    def blocks(self) -> list[Block]:
+        """Every block in order, the MTP block's last."""
+        blocks = [*self.layers, *([self.mtp.block] if self.mtp is not None else [])]
+        return [block for block in blocks if isinstance(block, Block)]
+
     def moe_layers(self) -> list[MoeLayer]:
         """Every layer with experts, in the order of ``ModelOutput.routings`` (the MTP block's last)."""
-        blocks = [*self.layers, *([self.mtp.block] if self.mtp is not None else [])]
-        return [block.ffn for block in blocks if isinstance(block.ffn, MoeLayer)]
+        return [block.ffn for block in self.blocks() if isinstance(block.ffn, MoeLayer)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from moe.parallel import Ranks
@@ -132,6 +133,14 @@ class ParameterSet:
         return {**{g: s**0.5 for g, s in zip(groups, by_group, strict=True)}, "total": sum(by_group) ** 0.5}
 
     @torch.no_grad()
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply every gradient by ``factor``, in place."""
-        torch._foreach_mul_([p.gradient for p in self.all], factor)
+    def router_unit_sums(self) -> torch.Tensor:
+        """Sum of each MoE layer's expert vectors, each scaled to length 1: [M, D]. Collective if dense is sharded."""
+        routers = [p for p in self.all if p.group == "router"]
+        # A shard holds whole rows, so whole expert vectors.
+        sums_MD = torch.stack([F.normalize(p.local, dim=1).sum(dim=0) for p in routers])
+        return self.ranks.sum_over_world(sums_MD) if routers[0].placement == "sharded" else sums_MD
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float, group: Group | None = None) -> None:
+        """Multiply every gradient, or those of one group, by ``factor``, in place."""
+        torch._foreach_mul_([p.gradient for p in self.all if group in (None, p.group)], factor)

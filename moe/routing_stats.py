@@ -17,6 +17,20 @@ def max_violation(counts_ME: torch.Tensor) -> torch.Tensor:
     return (load_ME.amax(dim=1) - mean_M) / mean_M.clamp(min=1e-12)
 
 
+def bias_range(biases_ME: torch.Tensor) -> torch.Tensor:
+    """Largest less smallest expert bias of each layer, [M]: what loss-free balancing has to hold against the router."""
+    return biases_ME.amax(dim=1) - biases_ME.amin(dim=1)
+
+
+def mean_pairwise_cosine(unit_sum_MD: torch.Tensor, experts: int) -> torch.Tensor:
+    """Mean cosine over all pairs of a layer's expert vectors, [M] (LongCat-Flash, arXiv 2509.01322, section 3.1.3).
+
+    ``unit_sum_MD`` is the sum of a layer's expert vectors, each of length 1, at least two of them: ``|sum|^2`` counts
+    every pair twice, and each vector with itself once.
+    """
+    return (unit_sum_MD.double().square().sum(dim=1) - experts) / (experts * (experts - 1))
+
+
 class RoutingStats:
     """Sums over the micro-batches of a step. Everything stays on the device until the step's one synchronisation."""
 

@@ -16,16 +16,19 @@ from moe.fsdp import release_gathered, shard_dense_parameters, sync_gradients
 from moe.init import initialise
 from moe.loss import counted_targets, cross_entropy_sum
 from moe.model import Transformer
+from moe.monitors import Measurements, measure
 from moe.optim import AdamW
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
-from moe.routing_stats import RoutingStats, max_violation
-from moe.schedule import lr_factor
+from moe.routing_stats import RoutingStats, bias_range, max_violation, mean_pairwise_cosine
+from moe.schedule import Moment, Timeline
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
+from moe.start_check import check_start
 from moe.state import TrainingState
+from moe.units import Units
 
 Request = Literal["stop", "save"]
 _REQUESTS: tuple[Request, ...] = ("stop", "save")
@@ -39,11 +42,15 @@ class Report:
     """Optimizer steps done, this one included."""
     taken: bool
     """False where loss or gradient was not finite: then nothing has changed but the step's number."""
+    moment: Moment
+    """What the schedule had for it."""
     metrics: dict[str, float]
     requests: frozenset[Request] = frozenset()
     """What any rank has asked for since the last step."""
     layer_max_vio: tuple[float, ...] = ()
     """MaxVio of the step's load, per MoE layer."""
+    health: Measurements | None = None
+    """Layer by layer, after the update, where this step was one to measure (``monitors.every_steps``)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Trainer:
         """Collective. ``config.model.vocab_size`` must be set; ``batches`` gives this rank's share of a step."""
         self.config, self.ranks, self.batches = config, ranks, batches
         self.steps_done = 0
+        self.timeline = Timeline(config)
         if ranks.device.type == "cpu":
             torch.set_num_threads(config.parallel.threads)
         self.model = Transformer(config.model, ranks, compute_dtype(config.precision)).to(ranks.device)
@@ -83,40 +91,59 @@ class Trainer:
         if sharded:
             shard_dense_parameters(self.model, ranks)
         self.parameters = ParameterSet(self.model, ranks, dense_is_sharded=sharded)
-        self.optimizer = AdamW(self.parameters.all, config.optimizer)
-        self.techniques = build_techniques(config.stability, config.model)
+        self.optimizer = AdamW(self.parameters.all, config.optimizer, Units(self.parameters.all, ranks))
+        self.techniques = build_techniques(config.stability, config.model, ranks)
+        for technique in self.techniques.values():
+            technique.before_training(self.parameters)
         self.routers = [layer.router for layer in self.model.moe_layers()]
         self._requested: set[Request] = set()
 
     def step(self) -> Report:
         """One optimizer step. Collective."""
+        moment = self.timeline.at(self.steps_done)
         micro_batches = [batch.to(self.ranks.device) for batch in self.batches(self.steps_done)]
-        counts = self._count(micro_batches)
+        counts = self._count(micro_batches, moment)
         self.parameters.clear_gradients()
         self.ranks.wire.clear()
-        sums = self._forward_backward(micro_batches, counts)
+        for technique in self.techniques.values():
+            technique.before_step(moment)
+        sums = self._forward_backward(micro_batches, counts, moment)
         self.parameters.reduce_gradients()
         norms = self._measure_gradients()
         metrics, load, requests = self._gather(sums, counts)
         finite = math.isfinite(metrics["train/loss"]) and math.isfinite(norms.total)
-        metrics["train/lr"] = lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.steps_done)
+        metrics["train/lr"] = moment.lr
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
         if finite:
-            metrics |= self._update(norms, lr, load)
+            metrics |= self._update(norms, load, moment)
         self.steps_done += 1
+        health, every = None, self.config.monitors.every_steps
+        if every and self.steps_done % every == 0:
+            health = measure(self.model, micro_batches[0], self.ranks)
+            metrics |= health.headline()
         layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
-        return Report(self.steps_done, finite, metrics, requests, layer_max_vio)
+        return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, health)
 
-    def _count(self, micro_batches: list[Batch]) -> BatchCounts:
+    def check_start(self) -> None:
+        """Compare the weights just drawn with ``model.init``, if that says so. Collective; every rank ends alike.
+
+        For a run that starts from random weights, before its first step; whoever fills in others leaves it out.
+
+        Raises:
+            ValueError: an embedding or a logit is not of the size that follows from the config; one line.
+        """
+        if self.config.model.init.check:
+            check_start(self.model, self.batches(0)[0].to(self.ranks.device), self.ranks)
+
+    def _count(self, micro_batches: list[Batch], moment: Moment) -> BatchCounts:
         """What the global batch holds. Collective whether this rank has padding or not: another rank may."""
-        depth = self.config.model.mtp.depth
-        length = self.config.data.sequence_length
-        local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (1, 1 + depth)]
-        tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
+        depth, length = self.config.model.mtp.depth, moment.sequence_length
+        local = [sum(_predicted(batch, length, shift) for batch in micro_batches) for shift in (0, 1, 1 + depth)]
+        inputs, tokens, ahead = self.ranks.sum_over_world(torch.tensor(local, device=self.ranks.device)).tolist()
         # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
-        return BatchCounts(max(1, tokens), max(1, ahead) * depth, self.config.data.global_batch_size)
+        return BatchCounts(max(1, tokens), max(1, ahead) * depth, moment.global_batch_size, max(1, inputs))
 
-    def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts) -> _StepSums:
+    def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts, moment: Moment) -> _StepSums:
         """Gradients of this rank's share of the loss, accumulated over its micro-batches.
 
         Every term is summed up as it enters the loss, its weight included (``train/mtp_loss``, ``train/balance_loss``).
@@ -131,9 +158,12 @@ class Trainer:
                 mtp_sum = cross_entropy_sum(output.mtp_logits, counted_targets(batch, length, 2))
                 terms["mtp_loss"] = mtp_sum * (self.config.model.mtp.loss_weight / counts.mtp_tokens)
             for technique in self.techniques.values():
-                terms |= technique.loss_terms(batch, output.routings, counts)
+                terms |= technique.loss_terms(batch, output, counts, moment)
             torch.stack(list(terms.values())).sum().backward()
             sums.routing.add(output.routings)
+            with torch.no_grad():
+                for technique in self.techniques.values():
+                    technique.after_forward(self.routers, output.routings)
             for name, term in terms.items():
                 sums.loss[name] = sums.loss.get(name, 0.0) + term.detach().double()
         return sums
@@ -170,22 +200,35 @@ class Trainer:
         return metrics, load, requests
 
     @torch.no_grad()
-    def _update(self, norms: GradientNorms, lr: float, load: StepLoad | None) -> dict[str, float]:
+    def _update(self, norms: GradientNorms, load: StepLoad | None, moment: Moment) -> dict[str, float]:
         """Clip, step, and whatever follows a step that was taken."""
         metrics: dict[str, float] = {}
         for technique in self.techniques.values():
-            figures = technique.on_gradients(self.parameters, norms)
+            figures = technique.on_gradients(self.parameters, norms, self.optimizer, moment)
             metrics |= {f"train/{name}": value for name, value in figures.items()}
         before = [p.local.clone() for p in self.parameters.all]
-        self.optimizer.step(lr)
+        lr = moment.lr * math.prod(technique.lr_factor(moment) for technique in self.techniques.values())
+        metrics["train/lr"] = lr
+        metrics |= {f"train/{name}": value for name, value in self.optimizer.step(lr).items()}
         torch._foreach_sub_(before, [p.local for p in self.parameters.all])
-        metrics["train/update_norm"] = self.parameters.norms(before)["total"]
+        update = self.parameters.norms(before)
+        metrics["train/update_norm"] = update.pop("total")
+        metrics |= {f"update_norm/{group}": norm for group, norm in update.items()}
         if load is not None:
             for technique in self.techniques.values():
-                technique.after_step(self.routers, load)
-            biases = torch.stack([router.expert_bias_E for router in self.routers])
-            metrics["moe/bias_abs_max"] = float(biases.abs().max())
+                technique.after_step(self.routers, load, moment)
+            metrics |= self._router_figures()
         return metrics
+
+    def _router_figures(self) -> dict[str, float]:
+        """Figures of the routers as they are, each the largest over the layers; one transfer for all."""
+        biases_ME = torch.stack([router.expert_bias_E for router in self.routers])
+        figures = {"moe/bias_abs_max": biases_ME.abs().max(), "moe/bias_range": bias_range(biases_ME).max()}
+        experts = biases_ME.shape[1]
+        if experts > 1:
+            similarity_M = mean_pairwise_cosine(self.parameters.router_unit_sums(), experts)
+            figures["moe/router_similarity"] = similarity_M.max().float()
+        return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
@@ -223,7 +266,7 @@ class Trainer:
 
 
 def _predicted(batch: Batch, length: int, shift: int) -> int:
-    """Positions of ``batch`` whose token ``shift`` ahead is predicted."""
+    """Positions of ``batch`` that are real, and so are the ``shift`` tokens after them."""
     if batch.real_BL is None:
         return batch.ids_BL.shape[0] * length
     return int((counted_targets(batch, length, shift) != -100).sum())

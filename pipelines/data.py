@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moe.batch import Batch
 from moe.config.trainer import BatchConfig
+from moe.schedule import Timeline
 from pipelines.config import DataConfig, RunConfig
 from pipelines.errors import UserError
 from pipelines.order import SampleOrder
@@ -35,6 +36,7 @@ class TokenDataset:
         self.stream = stream
         self.sequence_length = sequence_length
         self.length = sequence_length + 1 + lookahead
+        self._lookahead = lookahead
         self._samples = max(0, len(stream) - 1 - _MAX_LOOKAHEAD) // sequence_length
         if self._samples == 0:
             raise UserError(
@@ -46,12 +48,18 @@ class TokenDataset:
         """Samples."""
         return self._samples
 
-    def read(self, samples: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
-        """Token ids of ``samples``, int64 [B, L]."""
-        ids_BL = np.empty((len(samples), self.length), np.int64)
-        for row, sample in enumerate(samples):
-            start = self._start(int(sample))
-            ids_BL[row] = self.stream.read(start, start + self.length)
+    def read(self, samples: Sequence[int] | NDArray[np.int64], parts: int = 1) -> torch.Tensor:
+        """Token ids of ``samples``, int64 [B, L].
+
+        With ``parts`` above 1 each sample is divided into so many shorter sequences that follow each other: then B is
+        ``parts`` times the samples, and S a part of ``sequence_length``.
+        """
+        step = self.sequence_length // parts
+        length = step + 1 + self._lookahead
+        ids_BL = np.empty((len(samples) * parts, length), np.int64)
+        for row in range(len(ids_BL)):
+            start = self._start(int(samples[row // parts])) + (row % parts) * step
+            ids_BL[row] = self.stream.read(start, start + length)
         return torch.from_numpy(ids_BL)
 
     def documents(self, sample: int) -> list[DocumentSpan]:
@@ -76,11 +84,6 @@ def refuse_short_text(config: RunConfig, shards: Shards) -> None:
         TokenDataset(stream, config.data.sequence_length, config.model.mtp.depth)
 
 
-def position_of(step: int, data: BatchConfig) -> int:
-    """Where the samples of optimizer step ``step`` (from 0) begin in the order: a pure function of the schedule."""
-    return step * data.global_batch_size
-
-
 class TrainBatches:
     """The micro-batches of one rank at any step, as a ``moe.batch.BatchSource``.
 
@@ -95,12 +98,17 @@ class TrainBatches:
         self._dataset = dataset
         self._data = config.data
         self._order = SampleOrder(len(dataset), config.seed, dataset.stream.split, skipped)
-        self._share = slice(*_share(config.data.global_batch_size, rank, world))
-        self._micro = _micro_batch_size(config.data, world)
+        self._timeline = Timeline(config)
+        self._rank, self._world = rank, world
+        # Found out here rather than at the first step.
+        _share(config.data.global_batch_size, rank, world)
+        _micro_batch_size(config.data.global_batch_size, config.data, world)
 
     def sample_ids(self, step: int) -> NDArray[np.int64]:
-        """Samples of the global batch, int64 [global_batch_size], those of rank 0 first."""
-        first, end = position_of(step, self._data), position_of(step + 1, self._data)
+        """Samples of the global batch, those of rank 0 first: int64, as many as its sequences make if joined to the
+        length of ``data.sequence_length``."""
+        tokens = self._timeline.tokens_before(step), self._timeline.tokens_before(step + 1)
+        first, end = (count // self._data.sequence_length for count in tokens)
         return self._order(np.arange(first, end))
 
     def documents(self, step: int) -> dict[int, list[DocumentSpan]]:
@@ -109,8 +117,15 @@ class TrainBatches:
 
     def __call__(self, step: int) -> list[Batch]:
         """This rank's micro-batches, ids [micro_batch_size, L]."""
-        ids_BL = self._dataset.read(self.sample_ids(step)[self._share])
-        return [_batch(ids, None, self._data, self._dataset) for ids in ids_BL.split(self._micro)]
+        moment = self._timeline.at(step)
+        parts = self._data.sequence_length // moment.sequence_length
+        first, end = _share(moment.global_batch_size, self._rank, self._world)
+        # Whole samples around the share, of which the first and the last may belong to other ranks in part.
+        around = self.sample_ids(step)[first // parts : -(-end // parts)]
+        skipped = first % parts
+        ids_BL = self._dataset.read(around, parts)[skipped : skipped + end - first]
+        micro = _micro_batch_size(moment.global_batch_size, self._data, self._world)
+        return [_batch(ids, None, self._data, self._dataset) for ids in ids_BL.split(micro)]
 
 
 class ValidationBatches:
@@ -124,7 +139,7 @@ class ValidationBatches:
     def __init__(self, dataset: TokenDataset, config: RunConfig, rank: int, world: int) -> None:
         self._dataset = dataset
         self._data = config.data
-        self._rows = _micro_batch_size(config.data, world)
+        self._rows = _micro_batch_size(config.data.global_batch_size, config.data, world)
         self._rank, self._world = rank, world
         most = config.validation.max_tokens // dataset.sequence_length
         self.windows = spread(len(dataset), most)
@@ -181,8 +196,8 @@ def _share(batch_size: int, rank: int, world: int) -> tuple[int, int]:
     return rank * share, (rank + 1) * share
 
 
-def _micro_batch_size(data: BatchConfig, world: int) -> int:
-    share = data.global_batch_size // world
+def _micro_batch_size(batch_size: int, data: BatchConfig, world: int) -> int:
+    share = batch_size // world
     micro = data.micro_batch_size or share
     if share % micro:
         raise ValueError(f"micro-batches of {micro} sequences do not divide a rank's {share}")

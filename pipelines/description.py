@@ -24,7 +24,7 @@ def describe(config: RunConfig, history: History, status: Status | None = None, 
     parallel = config.parallel
     workers = f"{parallel.workers} worker{'s' if parallel.workers > 1 else ''}"
     experts = f", EP {parallel.expert_parallel}" if parallel.expert_parallel > 1 else ""
-    steps = config.schedule.steps
+    steps = config.steps
     sentence = f"{verb} a {model_in_words(config, history)} for {steps:,} steps on {workers}{experts}"
     if status in ("FAILED", "KILLED"):
         sentence += f", at step {history.last_step:,}"

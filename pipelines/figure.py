@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe.config.stability import GlobalClipConfig
+from moe.config.clip import ClipConfig, GlobalClipConfig, ZClipConfig
 from pipelines.config import RunConfig
 from pipelines.description import model_in_words
 from pipelines.history import History, Series
@@ -26,10 +26,14 @@ def draw_run(folder: RunFolder, config: RunConfig) -> Path:
     """Draw a run into its folder of figures, from where it reaches MLflow; the picture's path."""
     history = History.read(folder.spool)
     path = folder.figures / FILE_NAME
-    clip = config.stability.clip
-    clip_at = clip.max_norm if isinstance(clip, GlobalClipConfig) else None
-    draw_training(history, path, f"{folder.info.name}: {model_in_words(config, history)}", clip_at)
+    title = f"{folder.info.name}: {model_in_words(config, history)}"
+    draw_training(history, path, title, clip_line(config.stability.clip))
     return path
+
+
+def clip_line(clip: ClipConfig) -> float | None:
+    """The global gradient norm above which gradients are clipped at every step, if there is one."""
+    return clip.max_norm if isinstance(clip, GlobalClipConfig | ZClipConfig) else None
 
 
 def draw_training(history: History, path: Path, title: str, clip_at: float | None = None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from moe.config.schedule import StagedSchedule
 from moe.counting import count_parameters
 from moe.parallel import Ranks
 from moe.routing_stats import max_violation
@@ -16,6 +17,7 @@ from moe.state import JSON
 from moe.trainer import Report, Trainer
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
+from pipelines.errors import UserError
 from pipelines.hf_weights import load_weights
 from pipelines.history import WindowMaximum
 from pipelines.keeper import CheckpointKeeper
@@ -35,10 +37,16 @@ class _Recorder:
 
     def __init__(self, config: RunConfig, folder: RunFolder, rank: int, start_step: int) -> None:
         self.config = config
-        self.loss_max = WindowMaximum(config.schedule.steps, config.tracking.every_steps)
+        self._stages = config.schedule.as_stages() if isinstance(config.schedule, StagedSchedule) else []
+        self.loss_max = WindowMaximum(config.steps, config.tracking.every_steps)
         self._writer = None
+        self._notes = folder.notes
+        self._recorded = 0
+        self._stage = 0
         if rank == 0:
-            self.loss_max.restore(SpoolReader(folder.spool).read(), start_step)
+            records = SpoolReader(folder.spool).read()
+            self._recorded = max((record.step for record in records if record.kind == TRAIN), default=0)
+            self.loss_max.restore(records, start_step)
             self._writer = SpoolWriter(folder.spool)
 
     def model(self) -> None:
@@ -49,17 +57,29 @@ class _Recorder:
 
     def step(self, report: Report, seconds: float) -> None:
         """Record an optimizer step that took ``seconds``."""
-        data = self.config.data
+        moment = report.moment
         metrics = dict(report.metrics)
-        metrics["train/tokens_per_second"] = data.global_batch_size * data.sequence_length / seconds
+        metrics["train/tokens_per_second"] = moment.global_batch_size * moment.sequence_length / seconds
+        if self._stages:
+            metrics["train/stage"] = moment.stage + 1
+            self._note_stage(report)
         maximum = self.loss_max.update(report.step, metrics["train/loss"])
         if maximum is not None:
             metrics["train/loss_max"] = maximum
         if self.config.tracking.per_layer:
             metrics |= {f"moe_max_vio/layer_{i:02}": v for i, v in enumerate(report.layer_max_vio)}
-        is_last = report.step == self.config.schedule.steps or not report.taken
-        if report.step % self.config.tracking.every_steps == 0 or is_last:
+        is_last = report.step == moment.steps or not report.taken
+        if report.step % self.config.tracking.every_steps == 0 or is_last or report.health is not None:
             self._write(TRAIN, report.step, metrics)
+
+    def _note_stage(self, report: Report) -> None:
+        """Say that a stage begins; steps that a resumed run repeats have been told of already."""
+        moment = report.moment
+        if moment.stage != self._stage and report.step > self._recorded and self._writer is not None:
+            stages, batch = len(self._stages), f"{moment.global_batch_size} x {moment.sequence_length} tokens"
+            text = f"step {report.step}: stage {moment.stage + 1} of {stages} begins, with batches of {batch}"
+            add_note(self._notes, Note("stage", text))
+        self._stage = moment.stage
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a validation."""
@@ -88,7 +108,7 @@ def validate(trainer: Trainer, batches: ValidationBatches) -> dict[str, float]:
 
 
 def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None = None) -> Ending:
-    """Train from the newest valid checkpoint in ``folder``, or from the start, to ``schedule.steps``. Collective.
+    """Train from the newest valid checkpoint in ``folder``, or from the start, to the schedule's end. Collective.
 
     The start is the weights in ``init_from``, or random ones. ``config.model.vocab_size`` must be set.
 
@@ -113,8 +133,11 @@ def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, i
     held_out = ValidationBatches(TokenDataset(shards.validation, length, lookahead), config, ranks.rank, ranks.world)
     trainer = Trainer(config, ranks, training)
     keeper = CheckpointKeeper(trainer, folder, config.checkpoint, _metadata(config, shards))
-    if not keeper.resume() and init_from is not None:
-        load_weights(trainer.state(), config.model, init_from)
+    if not keeper.resume():
+        if init_from is not None:
+            load_weights(trainer.state(), config.model, init_from)
+        else:
+            _check_start(trainer)
     if ranks.rank == 0 and folder.spool.exists():
         add_note(folder.notes, Note("resume", f"training goes on after step {trainer.steps_done}"))
     recorder = _Recorder(config, folder, ranks.rank, trainer.steps_done)
@@ -123,6 +146,14 @@ def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, i
         return _steps(trainer, held_out, recorder, keeper, folder)
     finally:
         recorder.close()
+
+
+def _check_start(trainer: Trainer) -> None:
+    """Raises UserError: nothing that a restart could mend."""
+    try:
+        trainer.check_start()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _metadata(config: RunConfig, shards: Shards) -> dict[str, JSON]:
@@ -138,7 +169,7 @@ def _steps(
     trainer: Trainer, held_out: ValidationBatches, recorder: _Recorder, keeper: CheckpointKeeper, folder: RunFolder
 ) -> Ending:
     config: RunConfig = recorder.config
-    steps, every = config.schedule.steps, config.checkpoint.every_steps
+    steps, every = config.steps, config.checkpoint.every_steps
     clock = time.perf_counter()
     while trainer.steps_done < steps:
         # Looked for by one rank and carried to all by the step's own exchange: they stop at the same boundary.

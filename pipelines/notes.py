@@ -14,7 +14,7 @@ from typing import Literal
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["death", "error", "checkpoint", "resume"]
+Kind = Literal["death", "error", "checkpoint", "resume", "stage"]
 
 
 @dataclass(frozen=True)

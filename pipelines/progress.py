@@ -1,6 +1,6 @@
 """What the user sees while training runs: a live bar in a terminal, plain lines anywhere else.
 
-with RunProgress(run.folder, config.schedule.steps) as progress:
+with RunProgress(run.folder, config.steps) as progress:
     progress.phase("starting 2 Ray workers")
     trainer.fit()
 """

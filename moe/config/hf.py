@@ -61,8 +61,18 @@ def refuse_inexpressible(config: ModelConfig) -> None:
     problems = []
     if not isinstance(config.attention, MlaConfig):
         problems.append(f"model.attention.kind={config.attention.kind} (only mla)")
+    elif config.attention.scale_latents:
+        problems.append("model.attention.scale_latents=True (only False)")
     if config.norm_eps != _LATENT_NORM_EPS:
         problems.append(f"model.norm_eps={config.norm_eps} (only {_LATENT_NORM_EPS}, which it fixes for the latents)")
+    if config.attention.qk_norm:
+        problems.append("model.attention.qk_norm=True (only False)")
+    if config.norm_placement != "pre":
+        problems.append(f"model.norm_placement={config.norm_placement} (only pre)")
+    if config.activation.kind != "swiglu":
+        problems.append(f"model.activation.kind={config.activation.kind} (only swiglu)")
+    if moe.output_norm:
+        problems.append("model.moe.output_norm=True (only False)")
     if moe.num_experts and moe.affinity != "sigmoid":
         problems.append(f"model.moe.affinity={moe.affinity} (only sigmoid)")
     if 0 < moe.num_experts < EXPERTS_PER_GROUP_SCORE:

@@ -4,10 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from moe.config.activation import ActivationConfig, SwigluConfig
 from moe.config.base import Config
 
 # DeepSeek-V3 scores a group by its two best experts (arXiv 2412.19437, section 2.1.2 and the released inference code).
 EXPERTS_PER_GROUP_SCORE = 2
+
+Affinity = Literal["sigmoid", "softmax", "sqrt_softplus"]
 
 
 class MlaConfig(Config):
@@ -24,6 +27,17 @@ class MlaConfig(Config):
     qk_rope_head_dim: PositiveInt = 16
     """Width per head of the query-key part with rotary position, shared by all heads on the key side."""
     v_head_dim: PositiveInt = 32
+    qk_norm: bool = False
+    """RMSNorm on every query head and every key head right before their products (after DeepSeek-V4)."""
+    scale_latents: bool = False
+    """Multiply the normed latents by sqrt(hidden_size / rank), queries' and key-values' (LongCat-Flash, arXiv
+    2509.01322); queries that are projected directly have no latent."""
+
+    @model_validator(mode="after")
+    def _queries_are_scaled_or_normed(self) -> "MlaConfig":
+        if self.scale_latents and self.qk_norm:
+            raise ValueError("scale_latents does nothing to queries that qk_norm norms afterwards; set one of them")
+        return self
 
     @model_validator(mode="after")
     def _rotary_pairs(self) -> "MlaConfig":
@@ -39,6 +53,8 @@ class MhaConfig(Config):
     kind: Literal["mha"] = "mha"
     num_heads: PositiveInt = 4
     head_dim: PositiveInt = 32
+    qk_norm: bool = False
+    """RMSNorm on every query head and every key head before rotary position (as in Qwen3)."""
 
     @model_validator(mode="after")
     def _rotary_pairs(self) -> "MhaConfig":
@@ -60,11 +76,11 @@ class MoeConfig(Config):
     num_shared_experts: NonNegativeInt = 1
     """Experts that every token passes; their widths add up to one FFN."""
     expert_size: PositiveInt = 128
-    """Hidden width of one expert's SwiGLU."""
+    """Hidden width of one expert."""
     first_dense_layers: NonNegativeInt = 1
     """The first layers keep a dense FFN of model.intermediate_size."""
-    affinity: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Function from router logits to affinities."""
+    affinity: Affinity = "sigmoid"
+    """Function from router logits to affinities; sqrt_softplus is sqrt(softplus(x)) (DeepSeek-V4), unbounded above."""
     num_groups: PositiveInt = 1
     """Experts are divided into this many equal groups, contiguous by expert id."""
     top_groups: PositiveInt = 1
@@ -73,6 +89,22 @@ class MoeConfig(Config):
     """Divide the chosen affinities by their sum."""
     routed_scaling_factor: PositiveFloat = 1.0
     """The routed experts' output is multiplied by this."""
+    output_norm: bool = False
+    """RMSNorm on the routed experts' weighted sum, before the shared experts are added (Kimi K3, arXiv 2607.24653,
+    unconfirmed; there it stands before an up-projection that this model does not have). What multiplies all gates of a
+    token is normed away; their ratios are left."""
+
+    @model_validator(mode="after")
+    def _output_norm_has_an_effect_and_no_rival(self) -> "MoeConfig":
+        if self.output_norm and self.num_experts == 0:
+            raise ValueError(
+                "output_norm norms the routed experts' output, but num_experts is 0; set output_norm=false"
+            )
+        if self.output_norm and self.routed_scaling_factor != 1.0:
+            raise ValueError(
+                f"routed_scaling_factor ({self.routed_scaling_factor}) is normed away by output_norm; set it to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _selection_is_possible(self) -> "MoeConfig":
@@ -112,6 +144,16 @@ class InitConfig(Config):
 
     std: PositiveFloat = 0.006
     """Standard deviation of every normally initialised matrix (DeepSeek-V3 uses 0.006)."""
+    output_scale: Literal["none", "depth"] = "none"
+    """depth divides the std of each sub-layer's last matrix (attention's output, FFN's and experts' down-projection) by
+    sqrt(2 num_layers): small sub-layers (Spike No More, arXiv 2312.16903)."""
+    embedding_std: PositiveFloat | None = None
+    """Standard deviation of the embedding; null takes std. 1 gives the large shortcut of Spike No More (arXiv
+    2312.16903). The paper multiplies embeddings by sqrt(hidden_size) in every forward; here they are drawn that large,
+    so that the model stays one that others can load."""
+    check: bool = True
+    """Whether a run that draws its weights first compares embeddings and logits with what this section says they are,
+    in one forward of one micro-batch, and stops where one is twice or half of it."""
 
 
 class ModelConfig(Config):
@@ -122,10 +164,15 @@ class ModelConfig(Config):
     hidden_size: PositiveInt = 128
     num_layers: PositiveInt = 4
     intermediate_size: PositiveInt = 512
-    """Hidden width of a dense layer's SwiGLU."""
+    """Hidden width of a dense layer."""
+    activation: ActivationConfig = SwigluConfig()
     attention: AttentionConfig = MlaConfig()
     rope_theta: PositiveFloat = 10000.0
     norm_eps: PositiveFloat = 1e-6
+    norm_placement: Literal["pre", "sandwich", "reordered"] = "pre"
+    """RMSNorm on what a sub-layer (attention, feed-forward) reads; or on that and on what it gives, before it is added
+    to the residual stream (Sandwich-LN, arXiv 2105.13290); or on what it gives alone (OLMo 2, arXiv 2501.00656).
+    Reordered, a router reads the residual stream as it is."""
     moe: MoeConfig = MoeConfig()
     mtp: MtpConfig = MtpConfig()
     init: InitConfig = InitConfig()
@@ -138,6 +185,15 @@ class ModelConfig(Config):
     def num_moe_layers(self) -> int:
         """Layers with a router, those of the MTP block included."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers + self.mtp.depth))
+
+    @model_validator(mode="after")
+    def _no_norm_undoes_the_start(self) -> "ModelConfig":
+        if self.init.output_scale != "none" and self.norm_placement != "pre":
+            raise ValueError(
+                f"init.output_scale={self.init.output_scale} is undone by norm_placement={self.norm_placement}, "
+                "which norms what a sub-layer gives; set init.output_scale=none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_the_layers_it_claims(self) -> "ModelConfig":

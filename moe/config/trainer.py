@@ -1,64 +1,18 @@
 """Everything that one optimizer step depends on: the part of a run's config that the Trainer reads."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
+from moe.config.balance import balance_problem
+from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
+from moe.config.clip import GroupClipConfig
 from moe.config.model import ModelConfig
+from moe.config.monitors import MonitorsConfig
+from moe.config.optimizer import AdamwConfig, OptimizerConfig
+from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
 from moe.config.stability import StabilityConfig
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class AdamwConfig(Config):
-    """AdamW (arXiv 1711.05101) with the betas of DeepSeek-V3."""
-
-    kind: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    beta1: Beta = 0.9
-    beta2: Beta = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of matrices; norm gains are never decayed."""
-
-
-# The next optimizer makes this a union discriminated by ``kind``, as the families in moe.config.stability are.
-OptimizerConfig = AdamwConfig
-
-
-class ConstantDecay(Config):
-    """The learning rate stays at its peak after the warm-up."""
-
-    kind: Literal["constant"] = "constant"
-
-
-class CosineDecay(Config):
-    """Half a cosine from the peak at the end of the warm-up to ``final_fraction`` of it at the last step."""
-
-    kind: Literal["cosine"] = "cosine"
-    final_fraction: Fraction = 0.1
-
-
-DecayConfig = Annotated[ConstantDecay | CosineDecay, Field(discriminator="kind")]
-
-
-class ScheduleConfig(Config):
-    """How long to train, and the learning rate on the way."""
-
-    steps: PositiveInt = 500
-    """Optimizer steps in all."""
-    warmup_steps: NonNegativeInt = 50
-    """Steps of linear warm-up from 0 (exclusive) to the peak."""
-    decay: DecayConfig = CosineDecay()
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "ScheduleConfig":
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) is larger than steps ({self.steps})")
-        return self
 
 
 class PrecisionConfig(Config):
@@ -107,43 +61,116 @@ class TrainerConfig(Config):
     """Decides the starting weights and the order of the data."""
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = AdamwConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = SimpleSchedule()
     stability: StabilityConfig = StabilityConfig()
+    monitors: MonitorsConfig = MonitorsConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: BatchConfig = BatchConfig()
 
     @property
-    def sequences_per_worker(self) -> int:
-        """Sequences per optimizer step on one worker."""
-        return self.data.global_batch_size // self.parallel.workers
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return sum(self.steps_of(stage) for stage in self.schedule.as_stages())
 
-    @property
-    def micro_batches(self) -> int:
-        """Forward-backward passes per optimizer step on one worker."""
-        return self.sequences_per_worker // (self.data.micro_batch_size or self.sequences_per_worker)
+    def steps_of(self, stage: Stage) -> int:
+        """Optimizer steps of a stage."""
+        sequences, length = self.batch_of(stage)
+        return stage.steps or -(-(stage.tokens or 0) // (sequences * length))
+
+    def batch_of(self, stage: Stage) -> tuple[int, int]:
+        """Sequences of a global batch in a stage, and tokens per sequence."""
+        data = self.data
+        return stage.global_batch_size or data.global_batch_size, stage.sequence_length or data.sequence_length
+
+    @model_validator(mode="after")
+    def _experts_can_be_balanced(self) -> "TrainerConfig":
+        problem = balance_problem(self.stability.balance, self.model.moe, self.steps)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.model.moe.num_experts == 0 and isinstance(self.stability.balance_loss, BatchBalanceLossConfig):
+            raise ValueError(
+                "stability.balance_loss.kind is batch, but model.moe.num_experts is 0: there is no load to balance; "
+                "set it to none"
+            )
+        if self.model.moe.num_experts == 0 and self.stability.router_z_loss.coefficient > 0:
+            raise ValueError(
+                "stability.router_z_loss.coefficient is above 0, but model.moe.num_experts is 0: there is no router; "
+                "set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_experts_have_experts(self) -> "TrainerConfig":
+        if self.model.moe.num_experts:
+            return self
+        clip, unused = self.stability.clip, []
+        if isinstance(clip, GroupClipConfig):
+            groups = {"router": clip.router_max_norm, "experts": clip.experts_max_norm}
+            unused = [f"stability.clip.{group}_max_norm" for group, limit in groups.items() if limit is not None]
+        if not self.optimizer.decay_router:
+            unused.append("optimizer.decay_router")
+        if unused:
+            raise ValueError(f"{unused[0]} has no effect, since model.moe.num_experts is 0; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> "TrainerConfig":
-        workers, experts = self.parallel.workers, self.model.moe.num_experts
-        if self.data.global_batch_size % workers:
-            raise ValueError(
-                f"data.global_batch_size ({self.data.global_batch_size}) "
-                f"is not divisible by parallel.workers ({workers})"
-            )
-        micro = self.data.micro_batch_size
-        if micro is not None and self.sequences_per_worker % micro:
-            raise ValueError(
-                f"data.micro_batch_size ({micro}) does not divide a worker's share of the batch, "
-                f"data.global_batch_size / parallel.workers = {self.sequences_per_worker}"
-            )
-        if self.parallel.expert_parallel > 1 and experts == 0:
+        experts, parallel = self.model.moe.num_experts, self.parallel
+        self._refuse_uneven_batch(self.data.global_batch_size, "data.global_batch_size")
+        if parallel.expert_parallel > 1 and experts == 0:
             raise ValueError(
                 "parallel.expert_parallel is above 1, but model.moe.num_experts is 0: there is no expert to place"
             )
-        if experts % self.parallel.expert_parallel:
+        if experts % parallel.expert_parallel:
             raise ValueError(
                 f"model.moe.num_experts ({experts}) is not divisible by parallel.expert_parallel "
-                f"({self.parallel.expert_parallel})"
+                f"({parallel.expert_parallel})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "TrainerConfig":
+        if not isinstance(self.schedule, StagedSchedule):
+            return self
+        replaced = {
+            "bias_update_rate": ("balance", "bias_update_rate"),
+            "balance_coefficient": ("balance_loss", "coefficient"),
+            "clip_max_norm": ("clip", "max_norm"),
+        }
+        for number, stage in enumerate(self.schedule.stages):
+            name = f"schedule.stages.{number}"
+            if stage.global_batch_size is not None:
+                self._refuse_uneven_batch(stage.global_batch_size, f"{name}.global_batch_size")
+            self._refuse_uneven_samples(stage, name)
+            for key, (family, own) in replaced.items():
+                technique = getattr(self.stability, family)
+                if getattr(stage, key) is not None and own not in type(technique).model_fields:
+                    raise ValueError(
+                        f"{name}.{key} has nothing to act on: stability.{family}.kind is {technique.kind}, "
+                        f"which has no {own}"
+                    )
+        return self
+
+    def _refuse_uneven_batch(self, sequences: int, key: str) -> None:
+        workers, micro = self.parallel.workers, self.data.micro_batch_size
+        if sequences % workers:
+            raise ValueError(f"{key} ({sequences}) is not divisible by parallel.workers ({workers})")
+        if micro is not None and (sequences // workers) % micro:
+            raise ValueError(
+                f"data.micro_batch_size ({micro}) does not divide a worker's share of the batch, "
+                f"{key} / parallel.workers = {sequences // workers}"
+            )
+
+    def _refuse_uneven_samples(self, stage: Stage, name: str) -> None:
+        """A sample has data.sequence_length tokens: it must fall into whole sequences, a batch into whole samples."""
+        sequences, length = self.batch_of(stage)
+        whole = self.data.sequence_length
+        if whole % length:
+            raise ValueError(f"{name}.sequence_length ({length}) does not divide data.sequence_length ({whole})")
+        parts = whole // length
+        if sequences % parts:
+            raise ValueError(
+                f"{name}: a batch of {sequences} sequences of {length} tokens is not whole samples of "
+                f"data.sequence_length ({whole}) tokens; make its global_batch_size a multiple of {parts}"
+            )

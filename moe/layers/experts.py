@@ -1,4 +1,4 @@
-"""The routed experts that one rank holds: SwiGLU on rows sorted by expert, weighted and summed per row.
+"""The routed experts that one rank holds: gated FFNs on rows sorted by expert, weighted and summed per row.
 
 Shape legend: R rows (tokens that need an expert of this rank), K choices per row (-1 where the expert lives on
 another rank), P chosen (row, expert) pairs sorted by expert, D model width, F expert width, E experts on this rank.
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe.layers.activation import swiglu, swiglu_backward
+from moe.layers.activation import Activation
 from moe.layers.grouped import rows_times_weights, rows_times_weights_t, weight_gradients
 
 
@@ -59,7 +59,7 @@ def sum_rows(rows_PD: torch.Tensor, order: torch.Tensor, starts: torch.Tensor) -
     return F.embedding_bag(order, rows_PD, starts, mode="sum", include_last_offset=True)
 
 
-class _GroupedSwiGLU(torch.autograd.Function):
+class _GroupedFeedForward(torch.autograd.Function):
     """Gather rows, up-project, activate, weight by the gate, down-project, sum per row.
 
     The gate multiplies the activation, before the down-projection: the combine is then a plain sum, no expert output is
@@ -75,13 +75,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w_up_E2FD: torch.Tensor,
         w_down_EDF: torch.Tensor,
         plan: ExpertPlan,
+        activation: Activation,
     ) -> torch.Tensor:
         dtype = x_RD.dtype
         gates_P1 = gates_RK.flatten()[plan.pair_P].to(dtype).unsqueeze(1)
         h_P2F = rows_times_weights_t(x_RD.index_select(0, plan.row_P), w_up_E2FD.to(dtype), plan.ends)
-        y_PD = rows_times_weights_t(swiglu(h_P2F).mul_(gates_P1), w_down_EDF.to(dtype), plan.ends)
+        y_PD = rows_times_weights_t(activation.forward(h_P2F).mul_(gates_P1), w_down_EDF.to(dtype), plan.ends)
         ctx.save_for_backward(x_RD, gates_P1, h_P2F, w_up_E2FD, w_down_EDF)
-        ctx.plan, ctx.gates_like = plan, gates_RK
+        ctx.plan, ctx.activation, ctx.gates_like = plan, activation, gates_RK
         return sum_rows(y_PD, plan.order_P, plan.row_starts)
 
     @staticmethod
@@ -89,10 +90,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_RD, gates_P1, h_P2F, w_up_E2FD, w_down_EDF = ctx.saved_tensors
         plan: ExpertPlan = ctx.plan
+        activation: Activation = ctx.activation
         dtype = x_RD.dtype
         dy_PD = grads[0].index_select(0, plan.row_P)
         dweighted_PF = rows_times_weights(dy_PD, w_down_EDF.to(dtype), plan.ends)
-        dh_P2F, activated_PF = swiglu_backward(h_P2F, dweighted_PF * gates_P1)
+        dh_P2F, activated_PF = activation.backward(h_P2F, dweighted_PF * gates_P1)
         dgates_P = torch.linalg.vecdot(dweighted_PF, activated_PF)
         dw_down = weight_gradients(dy_PD, activated_PF.mul_(gates_P1), plan.ends)
         dw_up = weight_gradients(dh_P2F, x_RD.index_select(0, plan.row_P), plan.ends)
@@ -100,20 +102,27 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dgates_RK = torch.zeros_like(ctx.gates_like)
         dgates_RK.view(-1)[plan.pair_P] = dgates_P.to(dgates_RK.dtype)
         dx_RD = sum_rows(dx_PD, plan.order_P, plan.row_starts)
-        return dx_RD, dgates_RK, dw_up.to(w_up_E2FD.dtype), dw_down.to(w_down_EDF.dtype), None
+        return dx_RD, dgates_RK, dw_up.to(w_up_E2FD.dtype), dw_down.to(w_down_EDF.dtype), None, None
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts; ``w_up`` [E, 2F, D] stacks each gate over its up-projection, ``w_down`` is [E, D, F]."""
+    """E gated experts; ``w_up`` [E, 2F, D] stacks each gate over its up-projection, ``w_down`` is [E, D, F]."""
 
-    def __init__(self, num_experts: int, hidden_size: int, expert_size: int) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, expert_size: int, activation: Activation) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.activation = activation
         self.w_up = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+
+    def activations(self, x_RD: torch.Tensor, ids_RK: torch.Tensor) -> torch.Tensor:
+        """What the chosen experts' down-projections read, before gates: [P, F], sorted by expert. Not for training."""
+        plan = plan_experts(ids_RK, self.num_experts)
+        rows_PD = x_RD.index_select(0, plan.row_P)
+        return self.activation.forward(rows_times_weights_t(rows_PD, self.w_up.to(x_RD.dtype), plan.ends))
 
     def forward(self, x_RD: torch.Tensor, ids_RK: torch.Tensor, gates_RK: torch.Tensor) -> torch.Tensor:
         """Sum over each row's experts here of gate times output -> [R, D]; ids are local, -1 means elsewhere."""
         plan = plan_experts(ids_RK, self.num_experts)
-        y: torch.Tensor = _GroupedSwiGLU.apply(x_RD, gates_RK, self.w_up, self.w_down, plan)
+        y: torch.Tensor = _GroupedFeedForward.apply(x_RD, gates_RK, self.w_up, self.w_down, plan, self.activation)
         return y

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from moe.config.model import ModelConfig
+from moe.layers.activation import build_activation
 from moe.layers.dispatch import dispatch_combine
 from moe.layers.experts import Experts
-from moe.layers.ffn import SwiGLU
+from moe.layers.ffn import FeedForward
+from moe.layers.norm import RMSNorm
 from moe.layers.router import Router, Routing
 from moe.parallel import Ranks
 
@@ -22,9 +24,12 @@ class MoeLayer(nn.Module):
         c = config.moe
         self.ranks = ranks
         self.router = Router(config.hidden_size, c)
-        self.experts = Experts(c.num_experts // ranks.ep, config.hidden_size, c.expert_size)
+        activation = build_activation(config.activation)
+        self.experts = Experts(c.num_experts // ranks.ep, config.hidden_size, c.expert_size, activation)
+        self.output_norm = RMSNorm(config.hidden_size, config.norm_eps) if c.output_norm else nn.Identity()
         # Shared experts all see the same token with weight 1, so n of them are one FFN of n times the width.
-        self.shared = SwiGLU(config.hidden_size, c.num_shared_experts * c.expert_size) if c.num_shared_experts else None
+        shared_size = c.num_shared_experts * c.expert_size
+        self.shared = FeedForward(config.hidden_size, shared_size, activation) if shared_size else None
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None) -> tuple[torch.Tensor, Routing]:
         """[B, S, D] -> the layer's output and its routing; padding is routed like any token but not counted."""
@@ -33,6 +38,8 @@ class MoeLayer(nn.Module):
         y_TD = dispatch_combine(
             x_TD, routing.ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks
         )
+        # After the combine: every rank norms whole sums, however the experts are divided.
+        y_TD = self.output_norm(y_TD)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BSD), routing

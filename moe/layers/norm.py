@@ -34,16 +34,22 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * gain``, computed in fp32, returned in the dtype of ``x``."""
+    """``x / sqrt(mean(x^2) + eps) * gain * scale``, computed in fp32, returned in the dtype of ``x``.
 
-    def __init__(self, size: int, eps: float) -> None:
+    What is much smaller than sqrt(eps) is multiplied by no more than ``1 / sqrt(eps)``, so its root mean square stays
+    below 1.
+    """
+
+    def __init__(self, size: int, eps: float, scale: float = 1.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.scale = eps, scale
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype."""
+        # The scale costs one pass over the gain rather than over x.
+        gain = self.weight if self.scale == 1.0 else self.weight * self.scale
         if x.is_cuda:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
-        y: torch.Tensor = _RmsNorm.apply(x.float(), self.weight, self.eps)
+            return F.rms_norm(x.float(), self.weight.shape, gain, self.eps).to(x.dtype)
+        y: torch.Tensor = _RmsNorm.apply(x.float(), gain, self.eps)
         return y.to(x.dtype)

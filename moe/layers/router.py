@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe.config.model import EXPERTS_PER_GROUP_SCORE, MoeConfig
+from moe.layers.affinity import affinities
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Router(nn.Module):
     def forward(self, x_TD: torch.Tensor, real_T: torch.Tensor | None = None) -> Routing:
         """Route tokens [T, D]; ``real_T`` (bool) leaves padding out of the load."""
         logits_TE = F.linear(x_TD.float(), self.weight)
-        affinity_TE = logits_TE.sigmoid() if self.config.affinity == "sigmoid" else logits_TE.softmax(dim=-1)
+        affinity_TE = affinities(logits_TE, self.config.affinity)
         ids_TK = self.select(affinity_TE.detach())
         gates_TK = affinity_TE.gather(1, ids_TK)
         if self.config.normalize_gates:

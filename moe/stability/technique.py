@@ -15,7 +15,11 @@ from moe.batch import Batch
 from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.layers.router import Router, Routing
+from moe.model import ModelOutput
+from moe.optim import AdamW
+from moe.parallel import Ranks
 from moe.parameters import ParameterSet
+from moe.schedule import Moment
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,16 @@ class BatchCounts:
     mtp_tokens: int
     """Tokens predicted two ahead by multi-token prediction."""
     sequences: int
+    inputs: int
+    """Real tokens that go in, those that predict nothing included."""
+
+    def routed(self, output: ModelOutput) -> list[int]:
+        """Real tokens that each layer of ``output.routings`` routes."""
+        layers = len(output.routings)
+        if output.mtp_logits is None:
+            return [self.inputs] * layers
+        # The MTP block's layer is the last. It counts positions whose next token is real too, which are the predicted.
+        return [self.inputs] * (layers - 1) + [self.tokens] * min(layers, 1)
 
 
 @dataclass(frozen=True)
@@ -45,21 +59,44 @@ class StepLoad:
 
 
 class Technique:
-    """Base of all techniques, and the technique of every ``kind: none``: all slots are empty and there is no state."""
+    """Base of all techniques, and the technique of every ``kind: none``: all slots are empty and there is no state.
 
-    def __init__(self, config: Config, model: ModelConfig) -> None:
-        """Build from the technique's own config class and the model it will meet."""
+    The slots are listed in the order of the step. Ranks advance in lockstep, so a slot may hold collectives.
+    """
 
-    def loss_terms(self, batch: Batch, routings: Sequence[Routing], counts: BatchCounts) -> dict[str, torch.Tensor]:
+    def __init__(self, config: Config, model: ModelConfig, ranks: Ranks) -> None:
+        """Build from the technique's own config class, the model it will meet, and this process's place."""
+
+    def before_training(self, parameters: ParameterSet) -> None:
+        """Runs once, when the trainer is built: makes state whose size depends on the parameters."""
+
+    def before_step(self, moment: Moment) -> None:
+        """Runs before the first micro-batch: what is gathered during the step begins anew."""
+
+    def after_forward(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
+        """Runs after the forward of every micro-batch of training, outside autograd; never in evaluation.
+
+        ``routers`` hold the biases that the routings came from. A recomputed forward is not another one.
+        """
+
+    def loss_terms(
+        self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
+    ) -> dict[str, torch.Tensor]:
         """Terms added to the loss of one micro-batch, by name; each is this micro-batch's share of the global mean."""
         return {}
 
-    def on_gradients(self, parameters: ParameterSet, norms: GradientNorms) -> dict[str, float]:
+    def on_gradients(
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+    ) -> dict[str, float]:
         """Change reduced gradients in place before the update; returns figures to report."""
         return {}
 
-    def after_step(self, routers: Sequence[Router], load: StepLoad) -> None:
-        """Runs once after the optimizer step, and only if the step was taken."""
+    def lr_factor(self, moment: Moment) -> float:
+        """Factor on the learning rate of this update, asked for after ``on_gradients``."""
+        return 1.0
+
+    def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
+        """Runs once after the optimizer step, and only if the step was taken and the model has experts."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors, equal on every rank, that must be saved and rewound with the weights."""

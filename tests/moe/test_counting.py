@@ -36,6 +36,27 @@ def test_multi_token_prediction_is_not_counted() -> None:
     assert count_parameters(without).total == sum(p.numel() for p in build_model(without).parameters())
 
 
+@pytest.mark.parametrize(
+    ("changes", "gains"),
+    [
+        ({"norm_placement": "sandwich"}, 3 * 2 * 32),
+        ({"norm_placement": "reordered"}, 0),
+        ({"moe": {"output_norm": True}}, 2 * 32),
+        ({"attention": {"qk_norm": True}}, 3 * 2 * (8 + 8)),
+        ({"attention": {"kind": "mha", "num_heads": 2, "head_dim": 14, "qk_norm": True}}, 3 * 2 * 14),
+        ({"attention": {"scale_latents": True}}, 0),
+        ({"activation": {"kind": "situ_glu"}}, 0),
+    ],
+)
+def test_gains_of_further_norms_are_counted_and_every_token_meets_them(changes: dict[str, Any], gains: int) -> None:
+    config = small_config(**changes)
+    attention = changes.get("attention", {})
+    without = small_config(attention={**attention, "qk_norm": False}) if "kind" in attention else small_config()
+    count, before = count_parameters(config), count_parameters(without)
+    assert count.total == sum(p.numel() for p in build_model(config).parameters())
+    assert (count.total - before.total, count.active - before.active) == (gains, gains)
+
+
 def test_experts_that_a_token_does_not_pass_are_idle() -> None:
     count = count_parameters(small_config())
     expert = 3 * 24 * 32
@@ -54,7 +75,11 @@ def test_deepseek_v3_costs_250_gflop_a_token() -> None:
     assert training_flops_per_token(without_mtp, 4096) / 1e9 == pytest.approx(250, rel=0.01)
 
 
-WIDTHS = {"mla": (None, 8 + 8, 12), "mha": ({"kind": "mha", "num_heads": 2, "head_dim": 16}, 16, 16)}
+WIDTHS = {
+    "mla": (None, 8 + 8, 12),
+    "mla, normed heads": ({"qk_norm": True}, 8 + 8, 12),
+    "mha": ({"kind": "mha", "num_heads": 2, "head_dim": 16}, 16, 16),
+}
 BY_ATTENTION = pytest.mark.parametrize(("attention", "query_width", "value_width"), WIDTHS.values(), ids=WIDTHS.keys())
 
 

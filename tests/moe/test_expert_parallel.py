@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe.layers.router import Routing
+from moe.schedule import Timeline
 from moe.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.moe.tiny import global_batch, gradients, relative_difference, tiny_config, tiny_trainer, weights
@@ -31,6 +32,18 @@ MODELS: dict[str, dict[str, Any]] = {
             },
         },
         "stability": {"balance": {"kind": "none"}, "balance_loss": {"kind": "none"}, "clip": {"kind": "none"}},
+    },
+}
+# A ramp of batch and sequence length, with techniques that change on the way.
+MODELS["v3-staged"] = {
+    **MODELS["v3"],
+    "schedule": {
+        "kind": "stages",
+        "stages": [
+            {"steps": 2, "lr": {"kind": "linear"}, "global_batch_size": 4, "sequence_length": 8},
+            {"steps": 2, "bias_update_rate": 0.02, "balance_coefficient": 0.05, "clip_max_norm": 0.1},
+            {"steps": 1, "global_batch_size": 12, "bias_update_rate": 0.0},
+        ],
     },
 }
 # Routing as the test forces it. The balance loss counts its own choice of experts, which cannot be forced.
@@ -170,7 +183,7 @@ def assert_bytes_are_the_lower_bound(runs: list[Run], changes: list[dict[str, An
     element = {"fp32": 4, "bf16": 2}[config.precision.compute]
     for number in range(STEPS):
         batch = global_batch(config, number, padded=number in PADDED)
-        length = config.data.sequence_length
+        length = Timeline(config).at(number).sequence_length
         real = torch.ones_like(batch.ids_BL, dtype=torch.bool) if batch.real_BL is None else batch.real_BL
         tokens = int((real[:, :length] & real[:, 1 : length + 1]).sum())
         pairs = sum(run.steps[number].remote_pairs for run in runs)
@@ -251,6 +264,10 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 )
 def test_ranks_train_what_one_process_trains(world: int, parallel: dict[str, Any]) -> None:
     check("v3", world, parallel, micro=1)
+
+
+def test_ranks_train_stages_as_one_process_does() -> None:
+    check("v3-staged", 2, {"expert_parallel": 2}, micro=1)
 
 
 def test_bf16_ranks_agree_to_its_rounding() -> None:

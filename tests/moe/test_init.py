@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from tests.moe.build import ALONE, small_config
 CONFIG = small_config(attention={"q_lora_rank": 12}, mtp={"depth": 1})
 
 
-def initialised(ranks: Ranks = ALONE, seed: int = 0, std: float = 0.02, config: ModelConfig = CONFIG) -> Transformer:
+def initialised(
+    ranks: Ranks = ALONE, seed: int = 0, std: float = 0.02, config: ModelConfig = CONFIG, **init: Any
+) -> Transformer:
     model = Transformer(config, ranks)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(float("nan"))
-    initialise(model, InitConfig(std=std), seed, ranks)
+    initialise(model, InitConfig(std=std, **init), seed, ranks)
     return model
 
 
@@ -46,6 +49,22 @@ def test_matrices_have_the_configured_deviation(std: float) -> None:
         assert values.abs().max() > 2 * std, name
     for layer in model.moe_layers():
         assert layer.router.expert_bias_E.abs().max() == 0
+
+
+def test_outputs_of_sub_layers_start_smaller_and_embeddings_larger() -> None:
+    """Three layers: 1 / sqrt(6); the multi-token block's as well. Every other matrix stays as it was, bit for bit."""
+    plain = initialised().state_dict()
+    scaled = initialised(output_scale="depth", embedding_std=1.0).state_dict()
+    outputs = set()
+    for name, tensor in scaled.items():
+        if name == "embed.weight":
+            torch.testing.assert_close(tensor, plain[name] * 50)
+        elif name.endswith(("attention.out_proj.weight", "ffn.down.weight", "shared.down.weight", "experts.w_down")):
+            torch.testing.assert_close(tensor, plain[name] / math.sqrt(6))
+            outputs.add(name)
+        else:
+            assert torch.equal(tensor, plain[name]), name
+    assert len(outputs) == 3 * 2 + 2 + 3  # three blocks, a shared expert in two of them; all three of the MTP block
 
 
 def test_no_two_matrices_are_alike_and_no_two_experts() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe.config.trainer import AdamwConfig
+from moe.config.optimizer import AdamwConfig
 from moe.optim import AdamW
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet

@@ -12,12 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from moe.batch import Batch
+from moe.config.balance import NoBalanceConfig
 from moe.config.model import ModelConfig
-from moe.config.stability import NoBalanceConfig
 from moe.layers.router import Router, Routing
+from moe.schedule import Moment
 from moe.stability.technique import StepLoad, Technique
 from moe.trainer import Report, Request, Trainer
 from tests.distributed import run_distributed
+from tests.moe.build import ALONE
 from tests.moe.tiny import (
     LENGTH,
     MTP,
@@ -43,10 +45,10 @@ class Spy(Technique):
     """Keeps the load that techniques are given."""
 
     def __init__(self) -> None:
-        super().__init__(NoBalanceConfig(), ModelConfig())
+        super().__init__(NoBalanceConfig(), ModelConfig(), ALONE)
         self.loads: list[torch.Tensor] = []
 
-    def after_step(self, routers: Sequence[Router], load: StepLoad) -> None:
+    def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         self.loads.append(load.counts_ME.clone())
 
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from moe.batch import Batch, BatchSource
 from moe.config.trainer import TrainerConfig
 from moe.parallel import join
+from moe.schedule import Timeline
 from moe.trainer import Trainer
 
 VOCABULARY = 48
@@ -42,7 +43,7 @@ _BASE: dict[str, Any] = {
     },
     # A large eps keeps AdamW smooth: with 1e-8 the sign of a gradient of 1e-9 decides a whole step of a weight.
     "optimizer": {"lr": 5e-3, "eps": 1e-3},
-    "schedule": {"steps": 20, "warmup_steps": 2},
+    "schedule": {"kind": "simple", "steps": 20, "warmup_steps": 2},
     "stability": {
         "balance": {"kind": "sign", "bias_update_rate": 1e-2},
         "balance_loss": {"kind": "sequence", "coefficient": 1e-2},
@@ -75,8 +76,9 @@ def tiny_config(*changes: Mapping[str, Any]) -> TrainerConfig:
 def global_batch(config: TrainerConfig, step: int, *, padded: bool = False) -> Batch:
     """All sequences of one step. Tokens are skewed so that routing is; ``padded`` cuts some short, one to nothing."""
     generator = torch.Generator().manual_seed(1000 + step)
-    length = config.data.sequence_length + 1 + config.model.mtp.depth
-    sequences = config.data.global_batch_size
+    moment = Timeline(config).at(step)
+    length = moment.sequence_length + 1 + config.model.mtp.depth
+    sequences = moment.global_batch_size
     vocabulary = config.model.vocab_size
     assert vocabulary is not None
     uniform = torch.rand(sequences, length, generator=generator)
@@ -90,7 +92,8 @@ def global_batch(config: TrainerConfig, step: int, *, padded: bool = False) -> B
 
 def share_of(batch: Batch, config: TrainerConfig, rank: int) -> list[Batch]:
     """The micro-batches of ``rank``: a contiguous share of the sequences."""
-    share, parts = config.sequences_per_worker, config.micro_batches
+    share = len(batch.ids_BL) // config.parallel.workers
+    parts = share // (config.data.micro_batch_size or share)
     rows = slice(rank * share, (rank + 1) * share)
     ids = batch.ids_BL[rows].chunk(parts)
     real = [None] * parts if batch.real_BL is None else batch.real_BL[rows].chunk(parts)
@@ -145,7 +148,11 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal, NaN included."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

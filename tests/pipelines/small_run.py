@@ -35,8 +35,13 @@ def small_config(*settings: str) -> RunConfig:
 
 
 def _without(settings: tuple[str, ...]) -> list[str]:
+    """The settings of which none of ``settings`` sets the key, or a section that it lies in."""
     taken = {setting.partition("=")[0] for setting in settings}
-    return [setting for setting in SETTINGS if setting.partition("=")[0] not in taken]
+
+    def is_taken(key: str) -> bool:
+        return any(key == other or key.startswith(f"{other}.") for other in taken)
+
+    return [setting for setting in SETTINGS if not is_taken(setting.partition("=")[0])]
 
 
 def run_loop(rank: int, world: int, folder: Path, settings: tuple[str, ...]) -> Ending:

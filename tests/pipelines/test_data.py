@@ -1,4 +1,6 @@
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 
 from moe.batch import Batch
 from pipelines.config import RunConfig
-from pipelines.data import TokenDataset, TrainBatches, ValidationBatches, position_of
+from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
 from pipelines.errors import UserError
 from pipelines.prepare import prepare
 from pipelines.shards import Shards
@@ -33,14 +35,21 @@ def dataset(shards: Shards) -> TokenDataset:
 
 
 def _config(
-    workers: int = 1, batch: int = 8, micro: int | None = None, seed: int = 0, max_tokens: int = 512
+    workers: int = 1,
+    batch: int = 8,
+    micro: int | None = None,
+    seed: int = 0,
+    max_tokens: int = 512,
+    stages: Sequence[dict[str, int]] = (),
 ) -> RunConfig:
+    schedule = {"schedule": {"kind": "stages", "stages": list(stages)}} if stages else {}
     return RunConfig.model_validate(
         {
             "seed": seed,
             "parallel": {"workers": workers},
             "data": {"global_batch_size": batch, "micro_batch_size": micro, "sequence_length": S},
             "validation": {"max_tokens": max_tokens},
+            **schedule,
         }
     )
 
@@ -50,7 +59,7 @@ def _ids(batches: list[Batch]) -> torch.Tensor:
     return torch.cat([batch.ids_BL for batch in batches])
 
 
-def _train(dataset: TokenDataset, world: int, rank: int = 0, **changes: int) -> TrainBatches:
+def _train(dataset: TokenDataset, world: int, rank: int = 0, **changes: Any) -> TrainBatches:
     return TrainBatches(dataset, _config(world, **changes), rank, world)
 
 
@@ -132,7 +141,34 @@ def test_batch_size_regroups_the_same_order(dataset: TokenDataset) -> None:
     small, large = _train(dataset, 1, batch=4), _train(dataset, 1, batch=12)
     together = np.concatenate([small.sample_ids(step) for step in range(12)])
     np.testing.assert_array_equal(together, np.concatenate([large.sample_ids(step) for step in range(4)]))
-    assert [position_of(step, _config(batch=12).data) for step in (0, 1, 5)] == [0, 12, 60]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_ramp_of_batch_and_sequence_length_reads_the_same_text_in_the_same_order(
+    dataset: TokenDataset, world: int
+) -> None:
+    plain = _train(dataset, 1, batch=1)
+    whole = dataset.sequence_length
+    stages = [
+        # 3 samples, which two or four ranks have to share.
+        {"steps": 2, "global_batch_size": 12, "sequence_length": whole // 4},
+        {"steps": 3, "global_batch_size": 4, "sequence_length": whole // 2},  # 2 samples
+        {"steps": 2, "global_batch_size": 8},
+    ]
+    config = _config(batch=8, stages=stages, workers=world)
+    ranks = [TrainBatches(dataset, config, rank, world) for rank in range(world)]
+    samples = [plain.sample_ids(step)[0] for step in range(3 + 3 + 2 + 2 + 2 + 8 + 8)]
+    position = 0
+    for step, (sequences, parts) in enumerate([(12, 4)] * 2 + [(4, 2)] * 3 + [(8, 1)] * 2):
+        here = samples[position : position + sequences // parts]
+        position += sequences // parts
+        assert ranks[0].sample_ids(step).tolist() == here
+        expected = []
+        for sample in here:
+            start, length = sample * whole, whole // parts
+            expected += [dataset.stream.read(start + n * length, start + (n + 1) * length + 1) for n in range(parts)]
+        got = torch.cat([_ids(rank(step)) for rank in ranks])
+        assert torch.equal(got, torch.tensor(np.stack(expected).astype(np.int64)))
 
 
 def test_seed_changes_the_order(dataset: TokenDataset) -> None:
@@ -242,7 +278,7 @@ def test_training_and_validation_never_share_a_document(shards: Shards) -> None:
     assert not names[0] & names[1]
 
 
-def _masked(**changes: int) -> RunConfig:
+def _masked(**changes: Any) -> RunConfig:
     config = _config(**changes)
     return config.model_copy(update={"data": config.data.model_copy(update={"intra_document_masking": True})})
 

@@ -108,7 +108,11 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         ("xyzzy=1", "xyzzy: unknown key; possible here: seed, model,"),
         # kinds
         ("stability.clip.kind=globl", "stability.clip.kind: 'globl' is no kind of clip; did you mean global?"),
-        ("stability.clip.kind=qqq", "stability.clip.kind: 'qqq' is no kind of clip; possible: none, global"),
+        (
+            "stability.clip.kind=qqq",
+            "stability.clip.kind: 'qqq' is no kind of clip; "
+            "possible: none, global, group, zclip, adagc, spam, stable_spam",
+        ),
         ("data.corpus.paths=[a]", "data.corpus.paths: belongs to kind files, but data.corpus.kind is stdlib"),
         ("data.corpus.kind=files", "data.corpus.paths: is required here"),
         ("stability.clip=global", "stability.clip: should be a mapping of keys, got the text 'global'"),
@@ -127,7 +131,7 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         ("optimizer.lr=.inf", "optimizer.lr: should be a finite number, got inf"),
         ("optimizer.lr=1e999", "optimizer.lr: should be a finite number, got inf"),
         ("optimizer.lr=-1e-3", "optimizer.lr: should be greater than 0, got -0.001"),
-        ("model.moe.affinity=sigmod", "model.moe.affinity: should be 'sigmoid' or 'softmax', got the text 'sigmod'"),
+        ("model.moe.affinity=sigmod", "model.moe.affinity: should be 'sigmoid', 'softmax' or 'sqrt_softplus', got"),
         ("tracking.run_name=42", "tracking.run_name: should be text, got 42; quote it"),
         ("model=3", "model: should be a mapping of keys, got 3"),
         ("model=", "model: should be a mapping of keys, got nothing"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.checkpoint_manifest import checkpoint_folders, read_manifest
 from pipelines.checkpoint_standing import newest_valid, standing
 from pipelines.checkpoints import CheckpointError
+from pipelines.errors import UserError
 from pipelines.notes import read_notes
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
@@ -53,6 +54,38 @@ def test_points_are_recorded_at_the_interval_and_at_the_end(tmp_path: Path) -> N
     steps = metrics_of(tmp_path / "run")
     assert sorted(steps) == [5, 10, 12]
     assert "moe_max_vio/layer_00" in steps[5]
+
+
+def test_a_stage_that_begins_is_noted_once_even_if_the_run_is_cut_off(tmp_path: Path) -> None:
+    stages = (
+        "schedule={kind: stages, stages: [{steps: 6, global_batch_size: 4, sequence_length: 32}, "
+        "{tokens: 2500, lr: {kind: cosine}}]}"
+    )
+    run = RunFolder(tmp_path / "run")
+    ending = run_loop(0, 1, run.path, (stages,))
+    assert ending == Ending("finished", 6 + 2500 // (8 * 64) + 1)
+    shutil.rmtree(run.checkpoints / "step-00000008")
+    shutil.rmtree(run.checkpoints / f"step-{ending.step:08}")
+    whole = metrics_of(run.path)
+    assert [whole[step]["train/stage"] for step in (1, 6, 7, ending.step)] == [1, 1, 2, 2]
+    assert run_loop(0, 1, run.path, (stages,)) == ending
+    assert metrics_of(run.path) == whole
+    assert [note.text for note in read_notes(run.notes) if note.kind == "stage"] == [
+        "step 7: stage 2 of 2 begins, with batches of 8 x 64 tokens"
+    ]
+
+
+def test_steps_whose_health_was_measured_are_recorded_as_well(tmp_path: Path) -> None:
+    run_loop(0, 1, tmp_path / "run", ("tracking.every_steps=5", "monitors.every_steps=4"))
+    steps = metrics_of(tmp_path / "run")
+    assert sorted(steps) == [4, 5, 8, 10, 12]
+    assert [step for step, metrics in steps.items() if "activation/expert_max" in metrics] == [4, 8, 12]
+
+
+def test_a_start_that_is_not_the_configs_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="before the first step"):
+        run_loop(0, 1, tmp_path / "run", ("model.init.std=1.0e+30",))
+    assert not RunFolder(tmp_path / "run").spool.exists()
 
 
 def test_two_runs_of_one_seed_are_equal_bit_for_bit_and_another_seed_is_not(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_resumed_run_is_the_same_run_with_every_point_once(store: TrackingStor
     with pytest.raises(KeyboardInterrupt), Tracker.start(config(), store, dataset=DATASET) as first:  # noqa: PT012
         train(first.folder, 1, 250)
         raise KeyboardInterrupt
-    longer = config(schedule={"steps": 700, "warmup_steps": 0})
+    longer = config(schedule={"kind": "simple", "steps": 700, "warmup_steps": 0})
     with Tracker.start(longer, store, dataset=DATASET, resume=find_run("latest")) as second:
         assert second.info == first.info
         assert store.client.get_run(first.info.id).info.status == "RUNNING"

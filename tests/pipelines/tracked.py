@@ -15,7 +15,7 @@ DATASET = DatasetInfo("stdlib", "0123456789abcdef" * 4, "/somewhere/shards", {"t
 
 
 def config(**changes: Any) -> RunConfig:
-    return RunConfig.model_validate({"schedule": {"steps": 600, "warmup_steps": 0}, **changes})
+    return RunConfig.model_validate({"schedule": {"kind": "simple", "steps": 600, "warmup_steps": 0}, **changes})
 
 
 def train(folder: RunFolder, first: int, last: int) -> None:

@@ -22,6 +22,9 @@ MLA_CASES = {
     "equal widths": MLA | {"v_head_dim": 14},
     "wide value": MLA | {"v_head_dim": 20},
     "compressed queries": MLA | {"v_head_dim": 10, "q_lora_rank": 12},
+    "normed heads": MLA | {"v_head_dim": 10, "q_lora_rank": 12, "qk_norm": True},
+    "scaled latents": MLA | {"v_head_dim": 10, "q_lora_rank": 12, "scale_latents": True},
+    "scaled latent of keys and values alone": MLA | {"v_head_dim": 10, "scale_latents": True},
 }
 
 
@@ -48,6 +51,9 @@ def attended(queries: list[torch.Tensor], keys: list[torch.Tensor], values: list
 
 def plain_mla(x_SD: torch.Tensor, w: Mapping[str, torch.Tensor], c: MlaConfig) -> torch.Tensor:
     nope, rope, value, rank = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+    scale_q, scale_kv = 1.0, 1.0
+    if c.scale_latents:
+        scale_q, scale_kv = math.sqrt(len(x_SD[0]) / (c.q_lora_rank or 1)), math.sqrt(len(x_SD[0]) / rank)
     heads: list[list[torch.Tensor]] = []
     for head in range(c.num_heads):
         queries, keys, values = [], [], []
@@ -55,12 +61,17 @@ def plain_mla(x_SD: torch.Tensor, w: Mapping[str, torch.Tensor], c: MlaConfig) -
             if c.q_lora_rank is None:
                 query = w["q_proj.weight"] @ x
             else:
-                query = w["q_proj.2.weight"] @ normed(w["q_proj.0.weight"] @ x, w["q_proj.1.weight"])
+                latent = scale_q * normed(w["q_proj.0.weight"] @ x, w["q_proj.1.weight"])
+                query = w["q_proj.2.weight"] @ latent
             query = query[head * (nope + rope) :][: nope + rope]
             down = w["kv_down.weight"] @ x
-            up = (w["kv_up.weight"] @ normed(down[:rank], w["kv_norm.weight"]))[head * (nope + value) :][: nope + value]
+            up = w["kv_up.weight"] @ (scale_kv * normed(down[:rank], w["kv_norm.weight"]))
+            up = up[head * (nope + value) :][: nope + value]
+            key = torch.cat((up[:nope], down[rank:]))
+            if c.qk_norm:
+                query, key = normed(query, w["q_norm.weight"]), normed(key, w["k_norm.weight"])
             queries.append(torch.cat((query[:nope], turned(query[nope:], position))))
-            keys.append(torch.cat((up[:nope], turned(down[rank:], position))))
+            keys.append(torch.cat((key[:nope], turned(key[nope:], position))))
             values.append(up[nope:])
         heads.append(attended(queries, keys, values))
     return torch.stack([w["out_proj.weight"] @ torch.cat(parts) for parts in zip(*heads, strict=True)])
@@ -71,6 +82,9 @@ def plain_mha(x_SD: torch.Tensor, w: Mapping[str, torch.Tensor], c: MhaConfig) -
     for head in range(c.num_heads):
         rows = slice(head * c.head_dim, (head + 1) * c.head_dim)
         q, k, v = (x_SD @ w[f"{name}_proj.weight"][rows].T for name in "qkv")
+        if c.qk_norm:
+            q = torch.stack([normed(row, w["q_norm.weight"]) for row in q])
+            k = torch.stack([normed(row, w["k_norm.weight"]) for row in k])
         queries, keys = ([turned(row.contiguous(), s) for s, row in enumerate(m)] for m in (q, k))
         heads.append(attended(queries, keys, list(v)))
     return torch.stack([w["out_proj.weight"] @ torch.cat(parts) for parts in zip(*heads, strict=True)])
@@ -113,13 +127,71 @@ def test_latent_attention_is_the_papers(fields: dict[str, object]) -> None:
     compare(attention, plain, x, weights)
 
 
-def test_multi_head_attention_is_the_plain_one() -> None:
-    config = small_config(attention={"kind": "mha", "num_heads": 3, "head_dim": 10})
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_multi_head_attention_is_the_plain_one(qk_norm: bool) -> None:
+    config = small_config(attention={"kind": "mha", "num_heads": 3, "head_dim": 10, "qk_norm": qk_norm})
     assert isinstance(config.attention, MhaConfig)
     attention, x = filled(build_attention(config)), inputs()
     weights = {name: p.detach().double().requires_grad_() for name, p in attention.named_parameters()}
     plain = torch.stack([plain_mha(sequence, weights, config.attention) for sequence in x])
     compare(attention, plain, x, weights)
+
+
+@pytest.mark.parametrize("fields", [MLA | {"q_lora_rank": 12}, {"kind": "mha", "num_heads": 3, "head_dim": 14}])
+def test_normed_heads_bound_the_logits_whatever_the_weights(fields: dict[str, object]) -> None:
+    largest = {}
+    for qk_norm in (False, True):
+        attention = build_attention(small_config(attention=fields | {"qk_norm": qk_norm}))
+        with torch.no_grad():
+            for parameter in attention.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 30.0, generator=torch.Generator().manual_seed(1))
+            q, k, _ = attention.project(inputs().detach().float())
+        largest[qk_norm] = float((q @ k.transpose(-1, -2)).abs().max()) / math.sqrt(q.shape[-1])
+    assert largest[False] > 100
+    assert largest[True] <= math.sqrt(14) * (1 + 1e-5)
+
+
+def test_scaled_latents_are_those_of_longcat_flash() -> None:
+    theirs = pytest.importorskip("transformers.models.longcat_flash.modeling_longcat_flash")
+    settings = pytest.importorskip("transformers").LongcatFlashConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=3,
+        q_lora_rank=12,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=6,
+        head_dim=6,
+        v_head_dim=10,
+        rms_norm_eps=EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+    )
+    settings._attn_implementation = "eager"
+    reference = theirs.LongcatFlashMLA(settings, 0)
+    fields = MLA | {"v_head_dim": 10, "q_lora_rank": 12, "scale_latents": True}
+    attention = filled(build_attention(small_config(attention=fields)))
+    names = {
+        "q_proj.0": "q_a_proj",
+        "q_proj.1": "q_a_layernorm",
+        "q_proj.2": "q_b_proj",
+        "kv_down": "kv_a_proj_with_mqa",
+        "kv_norm": "kv_a_layernorm",
+        "kv_up": "kv_b_proj",
+        "out_proj": "o_proj",
+    }
+    weights = {name.removesuffix(".weight"): p.detach() for name, p in attention.named_parameters()}
+    reference.load_state_dict({f"{names[name]}.weight": tensor for name, tensor in weights.items()})
+    x = inputs().detach().float()
+    positions = torch.arange(POSITIONS).expand(SEQUENCES, -1)
+    turns = theirs.LongcatFlashRotaryEmbedding(settings)(x, positions)
+    mask = torch.full((POSITIONS, POSITIONS), float("-inf")).triu(1).expand(SEQUENCES, 1, -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x), reference(x, turns, mask)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_queries_are_either_scaled_or_normed() -> None:
+    with pytest.raises(ValueError, match="scale_latents does nothing to queries that qk_norm norms"):
+        MlaConfig(scale_latents=True, qk_norm=True)
 
 
 def test_rotation_is_exact_to_fp32_at_far_positions() -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe.config.activation import SwigluConfig
 from moe.config.trainer import ParallelConfig
+from moe.layers.activation import build_activation
 from moe.layers.dispatch import dispatch_combine
 from moe.layers.experts import Experts
 from moe.parallel import join
@@ -78,7 +80,7 @@ def run(rank: int, world: int, cases: list[list[Tokens]], dtype: torch.dtype) ->
     results = []
     for case in cases:
         mine = case[rank]
-        experts = Experts(held, WIDTH, EXPERT_WIDTH)
+        experts = Experts(held, WIDTH, EXPERT_WIDTH, build_activation(SwigluConfig()))
         with torch.no_grad():
             for parameter, weight in zip((experts.w_up, experts.w_down), expert_weights(), strict=True):
                 parameter.copy_(weight[rank * held : (rank + 1) * held])

@@ -4,14 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe.config.activation import ActivationConfig, SwigluConfig
+from moe.layers.activation import build_activation
 from moe.layers.experts import Experts, plan_experts, sum_rows
 
 WIDTH, EXPERT = 12, 10
+SWIGLU = SwigluConfig()
 
 
-def experts_of(count: int, width: int = WIDTH, expert: int = EXPERT) -> Experts:
+def experts_of(count: int, width: int = WIDTH, expert: int = EXPERT, activation: ActivationConfig = SWIGLU) -> Experts:
     generator = torch.Generator().manual_seed(11)
-    experts = Experts(count, width, expert)
+    experts = Experts(count, width, expert, build_activation(activation))
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(0.0, 0.4, generator=generator)

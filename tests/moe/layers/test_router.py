@@ -29,6 +29,8 @@ def plain_affinities(router: Router, x: torch.Tensor, kind: str) -> list[list[fl
     logits = (x.double() @ router.weight.detach().double().T).tolist()
     if kind == "sigmoid":
         return [[1 / (1 + math.exp(-z)) for z in row] for row in logits]
+    if kind == "sqrt_softplus":
+        return [[math.sqrt(math.log1p(math.exp(z))) for z in row] for row in logits]
     return [[math.exp(z) / sum(map(math.exp, row)) for z in row] for row in logits]
 
 
@@ -54,6 +56,8 @@ def plain_route(affinities: list[float], biases: list[float], c: MoeConfig) -> d
         {"num_groups": 16, "top_groups": 16},
         {"affinity": "softmax"},
         {"affinity": "softmax", "normalize_gates": False, **GROUPS},
+        {"affinity": "sqrt_softplus"},
+        {"affinity": "sqrt_softplus", **GROUPS},
         {"normalize_gates": False, "routed_scaling_factor": 2.5},
         {"routed_scaling_factor": 2.5},
         {"top_k": 1},
