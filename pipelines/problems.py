@@ -68,12 +68,12 @@ def _unknown_key(path: Path, holders: tuple[type[BaseModel], ...], root: type[Ba
     if "." in key:
         return "unknown key; in a file, nest keys instead of joining them with dots"
     siblings = list(dict.fromkeys(name for holder in holders for name in holder.model_fields))
-    if near := nearest(key, siblings):
-        return f"unknown key; did you mean {'.'.join(map(str, (*section, near)))}?"
     for kind, owner in _kinds_at(section, root).items():
         if key in owner.model_fields:
             chosen = next(iter(holders)).model_fields[KIND].default
             return f"belongs to {KIND} {kind}, but {'.'.join(map(str, section))}.{KIND} is {chosen}"
+    if near := nearest(key, siblings):
+        return f"unknown key; did you mean {'.'.join(map(str, (*section, near)))}?"
     if elsewhere := _nearest_elsewhere(key, all_keys(root)):
         return f"unknown key; did you mean {elsewhere}?"
     return f"unknown key; possible here: {', '.join(siblings)}"

@@ -104,7 +104,48 @@ ROUTING = View(
     search="tags.role = 'train'",
 )
 
-VIEWS = (TRAINING, ROUTING)
+HEALTH = View(
+    key="health",
+    name="Health",
+    sections=(
+        Section(
+            "1 Activations and attention",
+            (
+                LineChart("activation/expert_max", "log"),
+                LineChart("activation/expert_kurtosis", "log"),
+                LineChart("activation/residual_rms", "log"),
+                LineChart("attention/logit_max", "log"),
+            ),
+        ),
+        Section(
+            "2 Clipping and updates",
+            (
+                LineChart("train/clipped"),
+                LineChart("train/clip_factor"),
+                LineChart("grad_norm/experts", "log"),
+                LineChart("update_norm/experts", "log"),
+                LineChart("grad_norm/dense", "log"),
+                LineChart("update_norm/dense", "log"),
+                LineChart("grad_norm/router", "log"),
+                LineChart("update_norm/router", "log"),
+            ),
+        ),
+        Section(
+            "3 Routers",
+            (
+                LineChart("moe/router_similarity"),
+                LineChart("moe/bias_range"),
+                LineChart("moe/router_logit_max", "log"),
+                LineChart("moe/router_entropy"),
+            ),
+        ),
+        Section("4 What it costs", (LineChart("train/loss", "log"), LineChart("val/loss", "log"))),
+    ),
+    columns=_COLUMNS,
+    search="tags.role = 'train'",
+)
+
+VIEWS = (TRAINING, ROUTING, HEALTH)
 
 # Ten that are easy to tell apart (matplotlib's tab10), as many as runs are on the charts at first. The UI's own choice
 # gave two runs of five the same blue.

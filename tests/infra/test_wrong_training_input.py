@@ -130,6 +130,18 @@ CONFIG: list[tuple[str, str]] = [
     ("data.corpus.kind=files", r"data\.corpus\.paths: is required here"),
     ("data.corpus={kind: files, paths: []}", r"data\.corpus\.paths: should have at least 1 item"),
     ("data.corpus={kind: prepared, path: x, format: jsonl}", r"data\.corpus\.format: belongs to kind files"),
+    ("schedule.stages=[{steps: 5}]", r"schedule\.stages: belongs to kind stages, but schedule\.kind is simple"),
+    ("schedule={kind: stages, stages: [{steps: 5, tokens: 4}]}", r"schedule\.stages\.0: .* either steps or tokens"),
+    ("schedule={kind: stages, stages: [{steps: 5, lr: {kind: cosin}}]}", r"schedule\.stages\.0\.lr\.kind: .* cosine\?"),
+    (
+        "schedule={kind: stages, stages: [{steps: 5, sequence_length: 7}]}",
+        r"schedule\.stages\.0\.sequence_length \(7\)",
+    ),
+    ("stability.clip={kind: zclip, zthreshold: 3}", r"stability\.clip\.zthreshold: .* stability\.clip\.z_threshold\?"),
+    ("stability.balance.schedule.warmup_steps=500000", r"stability\.balance\.schedule: .* are more than all steps"),
+    ("optimizer={beta2: 0.999, moments: bf16}", r"optimizer: moments=bf16 needs beta2 of at most 0\.9961"),
+    ("stability.router_z_loss=0.1", r"stability\.router_z_loss: should be a mapping of keys, got 0\.1"),
+    ("model.norm_placement=post", r"model\.norm_placement: should be 'pre', 'sandwich' or 'reordered'"),
     ("data.corpus={kind: files, paths: [texts], format: text, field: body}", r"data\.corpus: field names a place"),
     ("data.tokenizer=null", r"data: tokenizer: should be byte or the path"),
 ]

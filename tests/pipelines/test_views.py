@@ -23,7 +23,7 @@ NOTE = "mlflow.note.content"
 @pytest.mark.usefixtures("home")
 def test_a_run_records_every_metric_and_parameter_that_is_on_a_view(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    run_loop(0, 1, folder.path, ())
+    run_loop(0, 1, folder.path, ("monitors.every_steps=4",))
     history = History.read(folder.spool)
     recorded = history.series.keys() | history.finals().keys()
     columns = {f"metrics.{name}" for name in recorded} | {f"params.{name}" for name in flatten(small_config())}
