@@ -76,6 +76,15 @@ class Measurements:
             metrics["activation/expert_kurtosis"] = max(layer.expert_kurtosis for layer in self.moe)
         return metrics
 
+    def by_layer(self) -> dict[str, float]:
+        """The same figures of every block, by the name of the metric; one quantity's layers share a prefix."""
+        metrics = {f"activation_residual_rms/layer_{i:02}": rms for i, rms in enumerate(self.residual_rms)}
+        metrics |= {f"attention_logit_max/layer_{i:02}": logit for i, logit in enumerate(self.attention_logit_max)}
+        for moe in self.moe:
+            metrics[f"activation_expert_max/layer_{moe.layer:02}"] = moe.expert_max
+            metrics[f"activation_expert_kurtosis/layer_{moe.layer:02}"] = moe.expert_kurtosis
+        return metrics
+
 
 @dataclass
 class _Gathered:

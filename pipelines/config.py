@@ -131,7 +131,7 @@ class TrackingConfig(Config):
     every_steps: PositiveInt = 1
     """Optimizer steps between recorded points."""
     per_layer: bool = False
-    """Record routing detail of every layer as well."""
+    """Record load balance and health figures of every layer as well."""
 
     @field_validator("uri")
     @classmethod

@@ -68,6 +68,7 @@ class _Recorder:
             metrics["train/loss_max"] = maximum
         if self.config.tracking.per_layer:
             metrics |= {f"moe_max_vio/layer_{i:02}": v for i, v in enumerate(report.layer_max_vio)}
+            metrics |= report.health.by_layer() if report.health is not None else {}
         is_last = report.step == moment.steps or not report.taken
         if report.step % self.config.tracking.every_steps == 0 or is_last or report.health is not None:
             self._write(TRAIN, report.step, metrics)

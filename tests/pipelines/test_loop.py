@@ -50,10 +50,15 @@ def test_every_step_validation_and_checkpoint_of_a_run_is_there(tmp_path: Path) 
 
 
 def test_points_are_recorded_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
-    run_loop(0, 1, tmp_path / "run", ("tracking.every_steps=5", "tracking.per_layer=true"))
+    settings = ("tracking.every_steps=5", "tracking.per_layer=true", "monitors.every_steps=10")
+    run_loop(0, 1, tmp_path / "run", settings)
     steps = metrics_of(tmp_path / "run")
     assert sorted(steps) == [5, 10, 12]
     assert "moe_max_vio/layer_00" in steps[5]
+    for headline in ("activation/expert_max", "activation/residual_rms", "attention/logit_max"):
+        layers = [value for name, value in steps[10].items() if name.startswith(f"{headline.replace('/', '_')}/layer_")]
+        assert max(layers) == steps[10][headline]
+    assert not any(name.startswith("attention_logit_max") for name in steps[5])
 
 
 def test_a_stage_that_begins_is_noted_once_even_if_the_run_is_cut_off(tmp_path: Path) -> None:
