@@ -120,8 +120,8 @@ HEALTH = View(
         Section(
             "2 Clipping and updates",
             (
-                LineChart("train/clipped"),
                 LineChart("train/clip_factor"),
+                LineChart("train/update_norm", "log"),
                 LineChart("grad_norm/experts", "log"),
                 LineChart("update_norm/experts", "log"),
                 LineChart("grad_norm/dense", "log"),

@@ -275,8 +275,7 @@ def test_bf16_ranks_agree_to_its_rounding() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro", [None, 1])
-@pytest.mark.parametrize("dense", ["replicate", "shard"])
+@pytest.mark.parametrize(("dense", "micro"), [("replicate", 1), ("shard", None)])
 @pytest.mark.parametrize(("world", "expert_parallel"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 @pytest.mark.parametrize("model", ["v3", "v1"])
 def test_every_division_trains_the_same_model(
