@@ -53,6 +53,8 @@ def _line(problem: ErrorDetails, root: type[BaseModel], origins: Mapping[Path, s
             text = "is required here"
         case "model_type" | "model_attributes_type":
             text = f"should be a mapping of keys, got {describe(value)}"
+            if isinstance(value, str) and value in _kinds_at(path, root):
+                text += f"; did you mean {{{KIND}: {value}}}?"
         case "string_type" if isinstance(value, int | float):
             text = f"should be text, got {describe(value)}; quote it if it is meant as text"
         case _:

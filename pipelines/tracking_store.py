@@ -147,8 +147,11 @@ def store_errors(uri: str) -> Iterator[None]:
     except (MlflowException, SQLAlchemyError, OSError) as error:
         where = f"MLflow at {shown(uri)}"
         if uri.startswith("http") and "Max retries exceeded" in str(error):
+            # The key may have come from the variable, or from the server that a resumed run was made with.
+            key = URI_VARIABLE if os.environ.get(URI_VARIABLE) == uri else "tracking.uri"
             raise UserError(
-                f"tracking.uri: {where} does not answer; start it, or leave the key out for the local database"
+                f"{key}: {where} does not answer; start it (the one of steadymoe up with that command), "
+                f"or take the local database, which that one serves: tracking.uri={local_database()}"
             ) from error
         raise UserError(f"tracking.uri: {where}: {first_line(error)}") from error
 

@@ -81,6 +81,7 @@ def run(arguments: TrainArguments) -> int:
     check_start(init_from, resumed, config, console)
     # Importing MLflow takes seconds, and so does starting Ray. Not sooner: wrong text leaves no database behind.
     opening = open_store_in_background(tracking_uri(config.tracking, info))
+    _print(console, "starting Ray ...")
     with ray_session(config), Interrupts() as interrupts:
         tracker = Tracker.start(
             config,

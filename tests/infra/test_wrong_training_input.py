@@ -141,6 +141,7 @@ CONFIG: list[tuple[str, str]] = [
     ("stability.balance.schedule.warmup_steps=500000", r"stability\.balance\.schedule: .* are more than all steps"),
     ("optimizer={beta2: 0.999, moments: bf16}", r"optimizer: moments=bf16 needs beta2 of at most 0\.9961"),
     ("stability.router_z_loss=0.1", r"stability\.router_z_loss: should be a mapping of keys, got 0\.1"),
+    ("stability.clip=zclip", r"stability\.clip: should be a mapping .* did you mean \{kind: zclip\}\?"),
     ("model.norm_placement=post", r"model\.norm_placement: should be 'pre', 'sandwich' or 'reordered'"),
     ("data.corpus={kind: files, paths: [texts], format: text, field: body}", r"data\.corpus: field names a place"),
     ("data.tokenizer=null", r"data: tokenizer: should be byte or the path"),

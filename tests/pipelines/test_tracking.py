@@ -191,6 +191,16 @@ def test_a_store_that_cannot_be_used_is_the_users_to_mend(tmp_path: Path, uri: s
     assert "\n" not in str(refused.value)
 
 
+def test_a_server_of_the_environment_that_is_gone_is_named_by_its_variable(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError) as caught:
+        open_store("http://127.0.0.1:9")
+    assert str(caught.value).startswith("MLFLOW_TRACKING_URI: MLflow at http://127.0.0.1:9 does not answer; start it ")
+    assert str(caught.value).endswith(f"tracking.uri=sqlite:///{home / 'mlflow.db'}")
+
+
 def test_a_deleted_experiment_is_named(store: TrackingStore) -> None:
     store.client.delete_experiment(store.experiment_id("gone"))
     with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' is deleted in"):
