@@ -1,0 +1,195 @@
+"""What a study is: arms of a claim over paired seeds, what is measured of each, and what must come out. Imports no torch.
+
+A study is a YAML file of `StudyConfig`. A block is one seed through every arm and every point of the grid, on the same
+data and the same starting weights, so that arms are compared seed by seed.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from moe.config.base import Config
+from tuning.measure_names import MeasureName
+
+Tree = dict[str, Any]
+
+
+class Arm(Config):
+    """One treatment."""
+
+    says: str = Field(min_length=1)
+    """What it is, in a few words for tables."""
+    config: Tree = {}
+    """Keys of the run's config, on top of the study's; a changed ``kind`` takes nothing over from the one it replaces."""
+    clip_rate_of: str | None = None
+    """Another arm. This one clips the global norm at a limit that would have clipped as many of that arm's steps, of
+    the same seed and point: the control that tells a clever clip from a tighter one."""
+
+
+class Grid(Config):
+    """A key of the config that every arm is run at several values of."""
+
+    key: str
+    values: list[PositiveFloat] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _values_rise(self) -> Self:
+        if any(low >= high for low, high in zip(self.values, self.values[1:], strict=False)):
+            raise ValueError(f"values should rise from one to the next, and are {self.values}")
+        return self
+
+
+class AtPoint(Config):
+    """The measure at one value of the grid."""
+
+    kind: Literal["at"] = "at"
+    value: PositiveFloat
+
+
+class AtHighest(Config):
+    """The mean over the highest values of the grid."""
+
+    kind: Literal["highest"] = "highest"
+    points: PositiveInt
+
+
+class AtBest(Config):
+    """The measure at the arm's best value of the grid: where its validation loss, averaged over seeds, is least."""
+
+    kind: Literal["best"] = "best"
+
+
+class Mean(Config):
+    """The mean over the grid."""
+
+    kind: Literal["mean"] = "mean"
+
+
+class Sensitivity(Config):
+    """The mean over the grid of what the measure lies above its least value there: the LR sensitivity of arXiv
+    2309.14322, section 2.2, where the measure is the validation loss and the grid is the learning rate."""
+
+    kind: Literal["sensitivity"] = "sensitivity"
+
+
+class LargestStable(Config):
+    """The largest value of the grid up to which no run diverged, 0 if the first one did; the measure is ``diverged``."""
+
+    kind: Literal["largest_stable"] = "largest_stable"
+
+
+Reduction = Annotated[
+    AtPoint | AtHighest | AtBest | Mean | Sensitivity | LargestStable,
+    Field(discriminator="kind"),
+]
+
+
+class Quantity(Config):
+    """One number per seed: a measure of an arm, over the grid if there is one."""
+
+    arm: str
+    measure: MeasureName
+    over: Reduction | None = None
+    """How the points of the grid become one number; needed if the study has a grid."""
+
+
+class Condition(Config):
+    """A comparison, seed by seed: ``left`` against ``factor * right + margin``."""
+
+    left: Quantity
+    relation: Literal["below", "at_most", "within"]
+    """``below``: left is less, beyond the noise of the seeds. ``at_most``: the same, but no difference at all (a
+    spread of zero) will do. ``within``: they differ by at most ``tolerance`` of right, beyond the noise."""
+    right: Quantity | float
+    factor: PositiveFloat = 1.0
+    tolerance: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _tolerance_goes_with_within(self) -> Self:
+        if (self.relation == "within") != (self.tolerance is not None):
+            raise ValueError("tolerance goes with relation: within, and only with that")
+        return self
+
+
+class Exercised(Config):
+    """The mechanism acted: a quantity that must be above a number on the mean over seeds."""
+
+    quantity: Quantity
+    above: float = 0.0
+
+
+class Claim(Config):
+    """What is said to come out."""
+
+    name: str = Field(min_length=1)
+    says: str = Field(min_length=1)
+    """The claim in a sentence."""
+    conditions: list[Condition] = Field(min_length=1)
+    """It holds if all of them hold."""
+    exercised: list[Exercised] = []
+    """Without these nothing can be concluded, whatever came out."""
+
+
+class Seeds(Config):
+    """How many blocks."""
+
+    first: NonNegativeInt = 0
+    most: PositiveInt = 10
+    """Blocks at most; the budget may end the study before."""
+
+
+class StudyConfig(Config):
+    """One study."""
+
+    title: str = Field(min_length=1)
+    question: str = Field(min_length=1)
+    """What it is to answer, in a sentence or two."""
+    notes: str = ""
+    """What a reader must know of how it was set up, and where that differs from the claim's source."""
+    base: list[str] = Field(min_length=1)
+    """Presets of runs that all arms stand on."""
+    config: Tree = {}
+    """Keys of the run's config, on top of those."""
+    grid: Grid | None = None
+    arms: dict[str, Arm] = Field(min_length=2)
+    seeds: Seeds = Seeds()
+    budget_minutes: PositiveFloat = 60.0
+    """No block is begun that would not end within so many minutes; the first one always is."""
+    shown: list[MeasureName] = Field(min_length=1)
+    """Measures of the table and the picture, the most telling first."""
+    claims: list[Claim] = Field(min_length=1)
+
+    def points(self) -> list[float | None]:
+        """Values of the grid; a single None without one."""
+        return list(self.grid.values) if self.grid else [None]
+
+    def quantities(self) -> Iterator[tuple[str, Quantity]]:
+        """Every quantity that a claim names, with the path of its key."""
+        for number, claim in enumerate(self.claims):
+            for index, condition in enumerate(claim.conditions):
+                yield f"claims.{number}.conditions.{index}.left", condition.left
+                if isinstance(condition.right, Quantity):
+                    yield f"claims.{number}.conditions.{index}.right", condition.right
+            for index, exercised in enumerate(claim.exercised):
+                yield f"claims.{number}.exercised.{index}.quantity", exercised.quantity
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for name, arm in self.arms.items():
+            other = arm.clip_rate_of
+            if other is not None and (other not in self.arms or self.arms[other].clip_rate_of is not None):
+                raise ValueError(f"arms.{name}.clip_rate_of: should be an arm that is not tuned itself, not {other!r}")
+        for path, quantity in self.quantities():
+            if quantity.arm not in self.arms:
+                raise ValueError(f"{path}.arm: {quantity.arm!r} is none of the arms {', '.join(self.arms)}")
+            if (quantity.over is None) != (self.grid is None):
+                raise ValueError(f"{path}.over: is needed with a grid, and only with one")
+            over = quantity.over
+            if self.grid and isinstance(over, AtPoint) and over.value not in self.grid.values:
+                raise ValueError(f"{path}.over.value: {over.value} is none of the grid's values {self.grid.values}")
+            if self.grid and isinstance(over, AtHighest) and over.points > len(self.grid.values):
+                raise ValueError(f"{path}.over.points: the grid has {len(self.grid.values)} values")
+            if isinstance(over, LargestStable) and quantity.measure != "diverged":
+                raise ValueError(f"{path}: largest_stable goes with measure: diverged")
+        return self
