@@ -4,7 +4,8 @@ Layers stack and the later wins, mapping by mapping: ``small recipes/x my.yaml -
 changes the ``kind`` of a technique takes nothing over from the kind that it replaces.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,23 @@ from pipelines.yaml_text import Path as KeyPath
 
 PRESETS = Path(__file__).parent / "presets"
 FILE_SUFFIX = ".yaml"
+_PLURALS = {"preset": "Presets", "study": "Studies"}
 MODEL = "model"
 
 Tree = dict[str, Any]
 
 
-def load_config(layers: Sequence[str], settings: Sequence[str] = (), weights: Path | None = None) -> RunConfig:
+def load_config(
+    layers: Sequence[str],
+    settings: Sequence[str] = (),
+    weights: Path | None = None,
+    trees: Mapping[str, Tree] | None = None,
+) -> RunConfig:
     """Build the config of a run.
 
     Args:
         layers: names of presets, or paths of files that end in ``.yaml``; a later one wins over an earlier one.
+        trees: further layers on top of those, by what messages are to call them.
         settings: ``key=value`` each, as ``--set`` takes them; together they are the last layer.
         weights: folder of weights to start from, which decides the model's shape: `pipelines.given_model`.
 
@@ -42,15 +50,18 @@ def load_config(layers: Sequence[str], settings: Sequence[str] = (), weights: Pa
     wishes: Tree = {}
     origins: dict[KeyPath, str] = {}
     for layer in layers:
-        name, document = _read(layer)
+        name, document = read_document(layer, PRESETS, "preset")
         _stack(tree, document.tree)
         if layer.endswith(FILE_SUFFIX):
             _overlay(wishes, document.tree)
         origins |= {path: f"{name}, line {line}" for path, line in document.lines.items()}
+    for name, layer_tree in (trees or {}).items():
+        _stack(tree, copy.deepcopy(layer_tree))
+        origins |= dict.fromkeys(_paths(layer_tree, ()), name)
     chosen: Tree = {}
     for setting in settings:
         path, value = parse_setting(setting)
-        _overlay(chosen, _nested(path, value))
+        _overlay(chosen, nested(path, value))
         above = (path[:depth] for depth in range(1, len(path)))
         origins |= dict.fromkeys((*above, *_paths(value, path)), "--set")
     _stack(tree, chosen)
@@ -80,9 +91,9 @@ def dump_config(config: BaseModel) -> str:
     return dump(config.model_dump(mode="json"))
 
 
-def preset_names() -> list[str]:
+def preset_names(folder: Path = PRESETS) -> list[str]:
     """All presets, as the command line takes them; those in a folder after the others."""
-    names = [found.relative_to(PRESETS).with_suffix("").as_posix() for found in PRESETS.rglob(f"*{FILE_SUFFIX}")]
+    names = [found.relative_to(folder).with_suffix("").as_posix() for found in folder.rglob(f"*{FILE_SUFFIX}")]
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
@@ -104,18 +115,27 @@ def parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:
         ) from None
 
 
-def _read(layer: str) -> tuple[str, Document]:
-    """A layer's name for messages, and what it holds."""
-    if layer.endswith(FILE_SUFFIX):
-        return layer, parse_document(_text(Path(layer)), layer)
-    presets = preset_names()
-    if layer not in presets:
-        hint = f" (a file's name should end in {FILE_SUFFIX})" if Path(layer).is_file() else ""
-        near = nearest(layer, presets)
+def read_document(name: str, folder: Path, what: str) -> tuple[str, Document]:
+    """A YAML file, or one of ``folder`` by its name: what messages call it, and what it holds.
+
+    Args:
+        name: the path of a file that ends in ``.yaml``, or a name.
+        folder: where named ones are.
+        what: what a named one is, for messages: preset.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if name.endswith(FILE_SUFFIX):
+        return name, parse_document(_text(Path(name)), name)
+    names = preset_names(folder)
+    if name not in names:
+        hint = f" (a file's name should end in {FILE_SUFFIX})" if Path(name).is_file() else ""
+        near = nearest(name, names)
         meant = f"; did you mean {near}?" if near else "."
-        raise UserError(f"unknown preset {layer!r}{hint}{meant} Presets: {', '.join(presets)}")
-    name = f"preset {layer}"
-    return name, parse_document(_text(PRESETS / f"{layer}{FILE_SUFFIX}"), name)
+        raise UserError(f"unknown {what} {name!r}{hint}{meant} {_PLURALS[what]}: {', '.join(names)}")
+    called = f"{what} {name}"
+    return called, parse_document(_text(folder / f"{name}{FILE_SUFFIX}"), called)
 
 
 def _text(path: Path) -> str:
@@ -166,7 +186,8 @@ def _fill_kinds(tree: Tree, section: type[BaseModel]) -> None:
             _fill_kinds(value, chosen)
 
 
-def _nested(path: tuple[str, ...], value: Any) -> Tree:
+def nested(path: tuple[str, ...], value: Any) -> Tree:
+    """The tree in which ``value`` is at ``path``."""
     for key in reversed(path):
         value = {key: value}
     return dict(value)

@@ -1,12 +1,14 @@
 """A training run from its first step to its last, on this rank, whatever framework brought the rank up.
 
 Drives the Trainer and does what stands around it: records, validation, checkpoints. Every rank runs the same loop;
-rank 0 alone records.
+rank 0 alone records. It is a generator that pauses after every step, for whoever wants to look or to stop; `train` is
+for whoever does not.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe.config.schedule import StagedSchedule
@@ -18,6 +20,7 @@ from moe.trainer import Report, Trainer
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
 from pipelines.errors import UserError
+from pipelines.faults import with_faults
 from pipelines.hf_weights import load_weights
 from pipelines.history import WindowMaximum
 from pipelines.keeper import CheckpointKeeper
@@ -108,10 +111,36 @@ def validate(trainer: Trainer, batches: ValidationBatches) -> dict[str, float]:
     return metrics
 
 
-def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None = None) -> Ending:
-    """Train from the newest valid checkpoint in ``folder``, or from the start, to the schedule's end. Collective.
+@dataclass(frozen=True)
+class StepDone:
+    """What one step of a run was, on any rank."""
 
-    The start is the weights in ``init_from``, or random ones. ``config.model.vocab_size`` must be set.
+    report: Report
+    validation: Mapping[str, float] | None = None
+    """Where the step was followed by a validation."""
+
+
+Steps = Generator[StepDone, None, Ending]
+
+
+def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None = None) -> Ending:
+    """`train_steps` to their end. Collective."""
+    steps = train_steps(config, ranks, shards, folder, init_from)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            ending: Ending = end.value
+            return ending
+
+
+def train_steps(
+    config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None = None
+) -> Steps:
+    """Train from the newest valid checkpoint in ``folder``, or from the start, to the schedule's end, step by step.
+
+    The start is the weights in ``init_from``, or random ones. ``config.model.vocab_size`` must be set. Advancing is
+    collective; a generator that is closed leaves the run as it is after its last step.
 
     Raises:
         RuntimeError: on rank 0, a worker of an earlier command still writes to the folder.
@@ -124,15 +153,15 @@ def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, in
             except RunBusyError as error:
                 # Nothing that a user could mend: the workers start again, and find it gone.
                 raise RuntimeError(str(error)) from error
-        return _train(config, ranks, shards, folder, init_from)
+        return (yield from _train(config, ranks, shards, folder, init_from))
 
 
-def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None) -> Ending:
+def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None) -> Steps:
     lookahead = config.model.mtp.depth
     length = config.data.sequence_length
     training = TrainBatches(TokenDataset(shards.train, length, lookahead), config, ranks.rank, ranks.world)
     held_out = ValidationBatches(TokenDataset(shards.validation, length, lookahead), config, ranks.rank, ranks.world)
-    trainer = Trainer(config, ranks, training)
+    trainer = Trainer(config, ranks, with_faults(training, config))
     keeper = CheckpointKeeper(trainer, folder, config.checkpoint, _metadata(config, shards))
     if not keeper.resume():
         if init_from is not None:
@@ -144,7 +173,7 @@ def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, i
     recorder = _Recorder(config, folder, ranks.rank, trainer.steps_done)
     recorder.model()
     try:
-        return _steps(trainer, held_out, recorder, keeper, folder)
+        return (yield from _steps(trainer, held_out, recorder, keeper, folder))
     finally:
         recorder.close()
 
@@ -168,11 +197,11 @@ def _metadata(config: RunConfig, shards: Shards) -> dict[str, JSON]:
 
 def _steps(
     trainer: Trainer, held_out: ValidationBatches, recorder: _Recorder, keeper: CheckpointKeeper, folder: RunFolder
-) -> Ending:
+) -> Steps:
     config: RunConfig = recorder.config
     steps, every = config.steps, config.checkpoint.every_steps
-    clock = time.perf_counter()
     while trainer.steps_done < steps:
+        clock = time.perf_counter()
         # Looked for by one rank and carried to all by the step's own exchange: they stop at the same boundary.
         if trainer.ranks.rank == 0 and folder.stop.exists():
             trainer.request("stop")
@@ -180,16 +209,19 @@ def _steps(
         recorder.step(report, time.perf_counter() - clock)
         if not report.taken:
             keeper.event(f"non-finite at step {report.step}")
+            yield StepDone(report)
             return Ending("diverged", report.step, f"loss or gradient was not finite at step {report.step}")
         keeper.step_taken()
-        stop = "stop" in report.requests
-        if report.step % config.validation.every_steps == 0 or report.step == steps:
-            recorder.validation(report.step, validate(trainer, held_out))
-        if report.step == steps or stop:
+        last, stop = report.step == steps, "stop" in report.requests
+        validation = None
+        if report.step % config.validation.every_steps == 0 or last:
+            validation = validate(trainer, held_out)
+            recorder.validation(report.step, validation)
+        if stop or (last and config.checkpoint.at_end):
             keeper.save(required=True)
         elif "save" in report.requests or (every and report.step % every == 0):
             keeper.save(required=False)
-        if stop and report.step < steps:
+        yield StepDone(report, validation)
+        if stop and not last:
             return Ending("stopped", report.step, f"asked to stop at step {report.step}")
-        clock = time.perf_counter()
     return Ending("finished", steps)

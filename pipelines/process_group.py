@@ -47,20 +47,25 @@ class _LoopbackBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         timeout = timedelta(seconds=backend_config.timeout_s)
         size = len(worker_group)
-        port = worker_group.execute_single(0, _serve_store, size, timeout)
+        port = worker_group.execute_single(0, serve_store, _LOOPBACK, size, timeout)
         joining = [
-            worker_group.execute_single_async(rank, _join, backend_config.backend, rank, size, port, timeout)
+            worker_group.execute_single_async(
+                rank, join_group, backend_config.backend, (_LOOPBACK, port), rank, size, timeout
+            )
             for rank in range(size)
         ]
         ray.get(joining)
 
 
-def _serve_store(size: int, timeout: timedelta) -> int:
-    """Serve the store from this process; returns its port."""
-    listener = socket.create_server((_LOOPBACK, 0))
+def serve_store(host: str, size: int, timeout: timedelta) -> int:
+    """Serve the store of a group of ``size`` ranks from this process, on this machine's address ``host`` alone.
+
+    Returns its port.
+    """
+    listener = socket.create_server((host, 0))
     port = int(listener.getsockname()[1])
     store = TCPStore(
-        _LOOPBACK,
+        host,
         port,
         size,
         is_master=True,
@@ -73,10 +78,15 @@ def _serve_store(size: int, timeout: timedelta) -> int:
     return port
 
 
-def _join(backend: str, rank: int, size: int, port: int, timeout: timedelta) -> None:
-    if (interface := _loopback_interface()) is not None:
+def join_group(backend: str, address: tuple[str, int], rank: int, size: int, timeout: timedelta) -> None:
+    """Become a rank of the default process group, whose store is at ``address``; rank 0 is the process that serves it.
+
+    Returns when all ranks have joined. A group that meets on loopback stays there.
+    """
+    host, port = address
+    if host == _LOOPBACK and (interface := _loopback_interface()) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    store = _served[-1] if rank == 0 else TCPStore(_LOOPBACK, port, size, is_master=False, timeout=timeout)
+    store = _served[-1] if rank == 0 else TCPStore(host, port, size, is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from pipelines.addresses import place_of, silence_at
@@ -36,10 +36,13 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 
 
 @contextmanager
-def connect() -> Iterator[dict[str, float]]:
+def connect(environment: Mapping[str, str] | None = None) -> Iterator[dict[str, float]]:
     """Connect to the cluster of ``RAY_ADDRESS`` (a submitted job has it), or start one on this machine for the while.
 
     A process that is connected already stays so. Yields the cluster's resources.
+
+    Args:
+        environment: variables of every worker process; None where those that need some are started with them.
 
     Raises:
         UserError: no cluster answers at ``RAY_ADDRESS``.
@@ -52,17 +55,20 @@ def connect() -> Iterator[dict[str, float]]:
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
+    runtime = {"env_vars": dict(environment)} if environment else None
     # Workers' output stays in Ray's own logs: what a run has to say comes through its spool, and what went wrong
     # through the exception.
     if address:
         _refuse_silent(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_cluster(address, first_line(error)) from error
     else:
         # Without "local", Ray would join any cluster that someone started on this machine.
-        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime
+        )
     try:
         yield ray.cluster_resources()
     finally:
@@ -70,15 +76,26 @@ def connect() -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
-    """The cluster for a run.
+def ray_session(config: RunConfig, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """The cluster for a run; ``environment`` as for `connect`.
 
     Raises:
         UserError: the cluster cannot hold the workers, or does not answer.
     """
-    with connect() as resources:
+    with connect(environment) as resources:
         _check_room(config, resources)
         yield
+
+
+def runs_at_a_time(config: RunConfig) -> int:
+    """How many runs of this size the cluster holds side by side, at least 1. Needs a session."""
+    import ray
+
+    resources, parallel = ray.cluster_resources(), config.parallel
+    fit = [resources.get("CPU", 0.0) // (parallel.workers * parallel.threads)]
+    if uses_gpu(config):
+        fit.append(resources.get("GPU", 0.0) // parallel.workers)
+    return max(1, int(min(fit)))
 
 
 def refuse_impossible_cluster(config: RunConfig) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class RunInfo:
     """ISO 8601, with time zone."""
     tracking_uri: str
     """Without a password."""
+    parent: str | None = None
+    """MLflow's id of the study whose trial this run is."""
 
 
 @dataclass(frozen=True)
@@ -163,32 +165,52 @@ def run_folders() -> Iterator[RunFolder]:
 def find_run(run: str) -> RunFolder:
     """The folder of the run that a user means by an id, the beginning of an id, a name, or ``latest``.
 
+    ``latest`` is the last run that somebody started: a study leaves hundreds of trials.
+
     Raises:
         UserError: there is no such run, or there are several.
     """
-    runs = {folder.path.name: (folder, folder.info) for folder in run_folders()}
-    if not runs:
-        raise UserError(f"run {run}: there are no runs in {runs_dir()} yet")
-    if run in runs:
-        return runs[run][0]
-    if run == LATEST:
-        return max(runs.values(), key=lambda found: (found[1].created, found[1].name))[0]
-    named = [found for found in runs.values() if found[1].name == run]
-    matches = named or [found for id_, found in runs.items() if run and id_.startswith(run)]
+    return find_folder(run, run_folders(), "run", "runs", runs_dir())
+
+
+def find_folder(wanted: str, folders: Iterable[RunFolder], kind: str, kinds: str, place: Path) -> RunFolder:
+    """The one of ``folders`` that a user means by an id, the beginning of an id, a name, or ``latest``.
+
+    Args:
+        wanted: what the user wrote.
+        folders: runs, or whatever else is kept in such folders.
+        kind: what one of them is called, for messages.
+        kinds: what several are called.
+        place: where they are.
+
+    Raises:
+        UserError: there is no such folder, or there are several.
+    """
+    found = {folder.info.id: (folder, folder.info) for folder in folders}
+    if not found:
+        raise UserError(f"{kind} {wanted}: there are no {kinds} in {place} yet")
+    if wanted in found:
+        return found[wanted][0]
+    if wanted == LATEST:
+        started = [both for both in found.values() if both[1].parent is None] or list(found.values())
+        return max(started, key=lambda both: (both[1].created, both[1].name))[0]
+    named = [both for both in found.values() if both[1].name == wanted]
+    matches = named or [both for id_, both in found.items() if wanted and id_.startswith(wanted)]
     if len(matches) == 1:
         return matches[0][0]
     if matches:
         ids = ", ".join(sorted(f"{info.id} ({info.name})" for _, info in matches))
-        raise UserError(f"run {run}: several runs are meant; name one by its id: {ids}")
-    names = sorted({info.name for _, info in runs.values()})
-    near = difflib.get_close_matches(run, [LATEST, *names, *runs], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the newest runs are {', '.join(_newest(runs))}"
-    raise UserError(f"run {run}: no run has this id or name; {hint}")
+        raise UserError(f"{kind} {wanted}: several {kinds} are meant; name one by its id: {ids}")
+    names = sorted({info.name for _, info in found.values()})
+    near = difflib.get_close_matches(wanted, [LATEST, *names, *found], n=3)
+    newest = ", ".join(_newest(info for _, info in found.values()))
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the newest {kinds} are {newest}"
+    raise UserError(f"{kind} {wanted}: no {kind} has this id or name; {hint}")
 
 
-def _newest(runs: dict[str, tuple[RunFolder, RunInfo]]) -> list[str]:
-    infos = sorted((info for _, info in runs.values()), key=lambda info: info.created, reverse=True)
-    return [info.name for info in infos[:_LISTED]]
+def _newest(infos: Iterable[RunInfo]) -> list[str]:
+    newest_first = sorted(infos, key=lambda info: info.created, reverse=True)
+    return [info.name for info in newest_first[:_LISTED]]
 
 
 def free_name(wanted: str | None, preset: str) -> str:

@@ -7,6 +7,7 @@ from pipelines.description import parameters
 from pipelines.history import History
 from pipelines.progress import clock
 from pipelines.run_folder import RunFolder
+from pipelines.saved_view import View
 from pipelines.tracking_store import run_link, server_command, view_link
 from pipelines.views import TRAINING
 
@@ -34,11 +35,17 @@ def print_summary(folder: RunFolder, seconds: float, console: Console | None = N
         table.add_row(name, value)
     console.print()
     console.print(table)
+    print_links(folder, TRAINING, console)
+
+
+def print_links(folder: RunFolder, view: View, console: Console) -> None:
+    """Print where a run's files are, and the way to its page and to the experiment's ``view`` in the MLflow UI."""
+    info = folder.info
     _line(console, f"Files     {folder.path}")
     if command := server_command(info.tracking_uri):
         _line(console, f"Look at   {command}")
     _line(console, f"this run  {run_link(info.tracking_uri, info.experiment_id, info.id)}")
-    _line(console, f"all runs  {view_link(info.tracking_uri, info.experiment_id, TRAINING)}")
+    _line(console, f"all runs  {view_link(info.tracking_uri, info.experiment_id, view)}")
 
 
 def _rows(history: History, seconds: float) -> list[tuple[str, str]]:

@@ -64,6 +64,15 @@ class DatasetInfo:
     """Counts that tell how large it is: documents, tokens, bytes."""
 
 
+@dataclass(frozen=True)
+class TrialPlace:
+    """Where a trial stands, which its worker knows before MLflow knows the trial."""
+
+    folder: RunFolder
+    parent: str
+    """MLflow's id of the study's run."""
+
+
 class Tracker:
     """One MLflow run. As a context manager it ends the run on every way out, exceptions included.
 
@@ -77,6 +86,8 @@ class Tracker:
         self.info: RunInfo = folder.info
         self.undelivered: str | None = None
         """After the end: what to tell the user if MLflow could not be given everything."""
+        self.figures: dict[str, float] = {}
+        """Further figures of the run's end, finite: metrics at step 0."""
         self._ending: tuple[Status, str | None] | None = None
         self._drainer = Drainer(store.client, folder, lock)
 
@@ -89,6 +100,7 @@ class Tracker:
         dataset: DatasetInfo,
         preset: str = "run",
         resume: RunFolder | None = None,
+        trial: TrialPlace | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> Self:
         """Make the run and its folder, or take up the run in ``resume``, and record what it is.
@@ -99,6 +111,7 @@ class Tracker:
             dataset: what it reads.
             preset: preset or file that its name is made from, if the config gives none.
             resume: the run that continues.
+            trial: where the run stands, if it is a trial of a study.
             tags: further tags of the run, for instance ``role``, which is train otherwise.
 
         Raises:
@@ -110,7 +123,7 @@ class Tracker:
                 folder = _reopen(config, store, resume)
                 _replace_tags(store, folder, tags or {})
             else:
-                folder, lock = _create(config, store, preset, tags or {})
+                folder, lock = _create(config, store, preset, trial, tags or {})
             tracker = cls(config, store, folder, lock)
             try:
                 _record_start(config, store, folder, dataset)
@@ -141,6 +154,7 @@ class Tracker:
         except RunBusyError as error:
             _log.warning("%s; what it writes from now on is not delivered", error)
         ending = ending_of(self.folder, self.config, status, reason)
+        ending["metrics"] |= self.figures
         try:
             write_json(self.folder.ending, ending)
         except OSError as error:
@@ -148,11 +162,15 @@ class Tracker:
         self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
 
 
-def _create(config: RunConfig, store: TrackingStore, preset: str, tags: Mapping[str, str]) -> tuple[RunFolder, RunLock]:
+def _create(
+    config: RunConfig, store: TrackingStore, preset: str, trial: TrialPlace | None, tags: Mapping[str, str]
+) -> tuple[RunFolder, RunLock]:
     """A new run and its folder, locked before anybody else can find it."""
     tracking = config.tracking
     experiment_id = store.experiment_id(tracking.experiment)
     name = free_name(tracking.run_name, Path(preset).name.removesuffix(".yaml"))
+    if trial is not None:
+        tags = {"mlflow.parentRunId": trial.parent, **tags}
     run = store.client.create_run(
         experiment_id,
         run_name=name,
@@ -167,9 +185,10 @@ def _create(config: RunConfig, store: TrackingStore, preset: str, tags: Mapping[
             **tags,
         },
     )
-    folder = RunFolder(runs_dir() / run.info.run_id)
+    folder = trial.folder if trial is not None else RunFolder(runs_dir() / run.info.run_id)
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    info = RunInfo(run.info.run_id, name, tracking.experiment, experiment_id, created, shown(store.uri))
+    parent = trial.parent if trial is not None else None
+    info = RunInfo(run.info.run_id, name, tracking.experiment, experiment_id, created, shown(store.uri), parent)
     try:
         write_whole(folder.config, dump_config(config))
         lock = RunLock(folder)

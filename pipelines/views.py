@@ -145,7 +145,37 @@ HEALTH = View(
     search="tags.role = 'train'",
 )
 
-VIEWS = (TRAINING, ROUTING, HEALTH)
+STUDIES = View(
+    key="studies",
+    name="Studies",
+    sections=(
+        Section(
+            "1 What the arms come to",
+            (
+                BarChart("study/val_loss"),
+                BarChart("study/max_vio_global"),
+                BarChart("study/loss_spikes"),
+                BarChart("study/diverged"),
+            ),
+        ),
+        Section("2 On the way", (LineChart("train/loss", "log"), LineChart("moe/max_vio_batch"))),
+    ),
+    columns=(
+        "tags.study",
+        "tags.arm",
+        "params.optimizer.lr",
+        "params.seed",
+        "metrics.study/val_loss",
+        "metrics.study/diverged",
+        "metrics.study/max_vio_global",
+        "metrics.study/loss_spikes",
+        "metrics.study/clip_rate",
+        "attributes.Description",
+    ),
+    search="tags.role = 'study'",
+)
+
+VIEWS = (TRAINING, ROUTING, HEALTH, STUDIES)
 
 # Ten that are easy to tell apart (matplotlib's tab10), as many as runs are on the charts at first. The UI's own choice
 # gave two runs of five the same blue.

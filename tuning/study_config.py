@@ -20,8 +20,10 @@ class Arm(Config):
 
     says: str = Field(min_length=1)
     """What it is, in a few words for tables."""
+    base: list[str] = []
+    """Presets on top of the study's config."""
     config: Tree = {}
-    """Keys of the run's config, on top of the study's; a changed ``kind`` takes nothing over from the one it replaces."""
+    """Keys of the run's config, on top of those; a changed ``kind`` takes nothing over from the one it replaces."""
     clip_rate_of: str | None = None
     """Another arm. This one clips the global norm at a limit that would have clipped as many of that arm's steps, of
     the same seed and point: the control that tells a clever clip from a tighter one."""
@@ -131,14 +133,6 @@ class Claim(Config):
     """Without these nothing can be concluded, whatever came out."""
 
 
-class Seeds(Config):
-    """How many blocks."""
-
-    first: NonNegativeInt = 0
-    most: PositiveInt = 10
-    """Blocks at most; the budget may end the study before."""
-
-
 class StudyConfig(Config):
     """One study."""
 
@@ -151,9 +145,14 @@ class StudyConfig(Config):
     """Presets of runs that all arms stand on."""
     config: Tree = {}
     """Keys of the run's config, on top of those."""
+    settings: list[str] = []
+    """``key=value`` each, on top of those: what the command's ``--set`` gave."""
     grid: Grid | None = None
     arms: dict[str, Arm] = Field(min_length=2)
-    seeds: Seeds = Seeds()
+    first_seed: NonNegativeInt = 0
+    """Of the first block; the next ones count on."""
+    blocks: PositiveInt = 10
+    """At most so many."""
     budget_minutes: PositiveFloat = 60.0
     """No block is begun that would not end within so many minutes; the first one always is."""
     shown: list[MeasureName] = Field(min_length=1)

@@ -1,0 +1,97 @@
+"""Which trial of a study comes next: whole blocks, one after the other, as long as the budget is likely to hold them."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from tuning.results import TrialKey
+from tuning.study_config import StudyConfig
+
+
+class Blocks:
+    """Hands out the trials of a study. A block is a seed through every arm and point.
+
+    The first block that is not whole is always begun; a later one only if, at the pace so far, it ends within the
+    budget. A block that is begun is finished.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        slots: int,
+        done: Iterable[TrialKey] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            config: the study.
+            slots: trials that run at a time.
+            done: trials that need not run, being finished already.
+            clock: seconds; the budget runs from now on.
+        """
+        self._config = config
+        self._slots = slots
+        self._clock = clock
+        self._began = clock()
+        self._done = set(done)
+        self._running: dict[TrialKey, float] = {}
+        self._durations: list[float] = []
+        first = config.first_seed
+        self._blocks = [_block(config, seed) for seed in range(first, first + config.blocks)]
+        self._waiting: list[TrialKey] = []
+        self.begun = 0
+        """Blocks that are whole, or will be when what runs and waits has ended."""
+
+    def next(self) -> TrialKey | Literal["wait", "end"]:
+        """A trial to run now; ``wait`` while the next one needs another's result, ``end`` if there is none any more."""
+        while not self._waiting:
+            if self.begun == len(self._blocks):
+                return "end"
+            block = [key for key in self._blocks[self.begun] if key not in self._done]
+            if block and self._durations and not self._fits(len(block)):
+                return "end"
+            self.begun += 1
+            self._waiting = block
+        for index, key in enumerate(self._waiting):
+            if (other := self._needed(key)) is None or other in self._done:
+                del self._waiting[index]
+                self._running[key] = self._clock()
+                return key
+        return "wait"
+
+    def ended(self, key: TrialKey) -> None:
+        """A trial has its result."""
+        self._durations.append(self._clock() - self._running.pop(key))
+        self._done.add(key)
+
+    def started(self, key: TrialKey) -> None:
+        """A trial that was handed out has begun to run only now."""
+        self._running[key] = self._clock()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of what has been begun, at the pace so far; None before any trial has ended."""
+        return self._seconds(len(self._running) + len(self._waiting)) if self._durations else None
+
+    @property
+    def left(self) -> int:
+        """Trials of the blocks begun that have no result yet."""
+        return len(self._running) + len(self._waiting)
+
+    def _fits(self, trials: int) -> bool:
+        elapsed = self._clock() - self._began
+        return elapsed + self._seconds(self.left + trials) <= 60 * self._config.budget_minutes
+
+    def _seconds(self, trials: int) -> float:
+        return trials * sum(self._durations) / len(self._durations) / self._slots
+
+    def _needed(self, key: TrialKey) -> TrialKey | None:
+        """The trial whose result this one's config depends on."""
+        other = self._config.arms[key.arm].clip_rate_of
+        return TrialKey(key.seed, other, key.point) if other is not None else None
+
+
+def _block(config: StudyConfig, seed: int) -> list[TrialKey]:
+    """Those that wait for another's result come last, so that nobody idles."""
+    arms = sorted(config.arms, key=lambda arm: config.arms[arm].clip_rate_of is not None)
+    return [TrialKey(seed, arm, point) for arm in arms for point in config.points()]

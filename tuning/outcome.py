@@ -1,0 +1,97 @@
+"""What a study has come to: measures of its trials, verdicts, report and picture."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from pipelines.config import RunConfig
+from pipelines.environment import cpu_name
+from pipelines.faults import corrupted_steps
+from pipelines.loading import load_config
+from pipelines.run_folder import RunFolder, write_json, write_whole
+from tuning.measures import measure
+from tuning.recording import read_series
+from tuning.report import Effort, replace_section, write_report
+from tuning.results import Results, TrialResult
+from tuning.study_config import StudyConfig
+from tuning.study_figure import draw_study
+from tuning.study_run import StudyRun
+from tuning.verdict import ClaimVerdict, judge
+
+PICTURE = "study.png"
+
+
+def measure_trial(folder: RunFolder, config: RunConfig) -> dict[str, float]:
+    """The measures of a trial from what it left in its folder."""
+    return measure(read_series(folder), config, corrupted_steps(config))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results and what they say."""
+
+    study: StudyConfig
+    name: str
+    results: Results
+    verdicts: list[ClaimVerdict]
+    effort: Effort
+    picture: Path
+
+    def table(self) -> Table:
+        """The verdicts for the terminal."""
+        table = Table(title=f"{self.name}: {len(self.results.seeds)} blocks", title_justify="left")
+        for column in ("claim", "verdict", "figures"):
+            table.add_column(column)
+        for verdict in self.verdicts:
+            lines = [condition.sentence for condition in verdict.conditions]
+            table.add_row(verdict.claim.name, verdict.verdict, "\n".join([*filter(None, [verdict.reason]), *lines]))
+        return table
+
+    def report(self, picture: str) -> str:
+        """The study's section in Markdown; ``picture`` is the link to its picture."""
+        return write_report(self.study, self.results, self.verdicts, self.effort, picture)
+
+    def write_findings(self, file: Path) -> None:
+        """Write the study's section into a Markdown file, and its picture beside it."""
+        name = self.name.rpartition("-")[0]
+        picture = file.with_name(f"{file.stem}-{name}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(self.picture.read_bytes())
+        replace_section(file, name, self.report(picture.name))
+
+
+def conclude(study: StudyConfig, run: StudyRun, config: RunConfig) -> Outcome:
+    """Judge what there is, and leave report, picture and figures where the run's end brings them to MLflow."""
+    trials = []
+    for record in run.trials:
+        folder = RunFolder(Path(record.folder))
+        trials.append(TrialResult(record.key, measure_trial(folder, load_config([str(folder.config)]))))
+    results = Results(trials, study.arms, study.points())
+    verdicts = judge(study, results)
+    tokens = config.steps * config.data.global_batch_size * config.data.sequence_length
+    effort = Effort(run.minutes, config.steps, tokens, f"{cpu_name()}, {config.parallel.workers} worker(s) a trial")
+    figures = run.folder.figures
+    outcome = Outcome(study, run.info.name, results, verdicts, effort, figures / PICTURE)
+    draw_study(study, results, verdicts, outcome.picture)
+    write_whole(figures / "report.md", outcome.report(PICTURE))
+    write_json(figures / "results.json", _as_table(trials))
+    run.description = _description(study, results, verdicts)
+    run.figures = {"study/blocks": float(len(results.seeds)), "study/trials": float(len(trials))}
+    return outcome
+
+
+def _as_table(trials: list[TrialResult]) -> dict[str, object]:
+    """As the MLflow UI reads a table: columns and rows."""
+    measures = sorted({name for trial in trials for name in trial.measures})
+    rows = [
+        [t.key.arm, t.key.point, t.key.seed, *(t.measures.get(name, math.nan) for name in measures)] for t in trials
+    ]
+    return {"columns": ["arm", "point", "seed", *measures], "data": rows}
+
+
+def _description(study: StudyConfig, results: Results, verdicts: list[ClaimVerdict]) -> str:
+    """First a plain sentence: lists show no more."""
+    counts = ", ".join(f"{verdict.claim.name} {verdict.verdict}" for verdict in verdicts)
+    return f"{study.title}, {len(results.seeds)} blocks: {counts}.\n\n{study.question}"

@@ -1,0 +1,89 @@
+"""From a study's name or file to its config, and from that to the config of each trial. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from pipelines.loading import PRESETS, load_config, nested, parse_setting, preset_names, read_document
+from pipelines.problems import explain
+from tuning.results import TrialKey
+from tuning.study_config import StudyConfig, Tree
+
+STUDIES = Path(__file__).parent / "presets" / "studies"
+
+
+def load_study(study: str, settings: Sequence[str] = (), **changed: Any) -> StudyConfig:
+    """The config of a study.
+
+    Args:
+        study: its name, or the path of a file that ends in ``.yaml``.
+        settings: ``key=value`` each: keys of every run's config, over the study's own and under its arms'.
+        changed: keys of the study to put in place of its own.
+
+    Raises:
+        UserError: there is no such study, or it does not hold; one line a problem.
+    """
+    name, document = read_document(study, STUDIES, "study")
+    tree = document.tree | changed | ({"settings": list(settings)} if settings else {})
+    origins = {path: f"{name}, line {line}" for path, line in document.lines.items()}
+    try:
+        config = StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(
+            "\n".join(f"{name}: {line}" for line in explain(error, StudyConfig, origins).splitlines())
+        ) from None
+    # A mistake in the last arm must not be found after the first ones have run.
+    first, *others = trial_configs(config)
+    for other in others:
+        if (other.data.corpus, other.data.tokenizer) != (first.data.corpus, first.data.tokenizer):
+            raise UserError(f"{name}: data.corpus and data.tokenizer should be the same in all arms: seeds are paired")
+        if other.parallel != first.parallel:
+            raise UserError(f"{name}: parallel should be the same in all arms: they run in the same processes")
+    return config
+
+
+def trial_configs(study: StudyConfig) -> list[RunConfig]:
+    """The configs of one block."""
+    return [trial_config(study, TrialKey(study.first_seed, arm, point)) for arm in study.arms for point in study.points()]
+
+
+def study_titles() -> list[tuple[str, str]]:
+    """Names and titles of the studies that there are."""
+    return [(name, load_study(name).title) for name in preset_names(STUDIES)]
+
+
+def trial_config(study: StudyConfig, key: TrialKey, max_norm: float | None = None) -> RunConfig:
+    """The config of one trial.
+
+    Args:
+        study: the study.
+        key: the trial.
+        max_norm: the limit at which an arm clips that is tuned to another's clip rate.
+
+    Raises:
+        UserError: it does not hold; one line a problem, naming the part of the study.
+    """
+    arm = study.arms[key.arm]
+    trees: dict[str, Tree] = {"config": study.config}
+    for setting in study.settings:
+        path, value = parse_setting(setting)
+        trees[f"--set {'.'.join(path)}"] = nested(path, value)
+    for preset in arm.base:
+        name, document = read_document(preset, PRESETS, "preset")
+        trees[name] = document.tree
+    trees[f"arms.{key.arm}.config"] = arm.config
+    if arm.clip_rate_of is not None:
+        limit = {"max_norm": max_norm} if max_norm is not None else {}
+        trees[f"arms.{key.arm}.clip_rate_of"] = {"stability": {"clip": {"kind": "global", **limit}}}
+    if study.grid is not None:
+        trees["grid"] = nested(tuple(study.grid.key.split(".")), key.point)
+    trees["seeds"] = {"seed": key.seed}
+    try:
+        return load_config(study.base, trees=trees)
+    except UserError as error:
+        where = f"trial {key.name}"
+        raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None

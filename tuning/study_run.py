@@ -1,0 +1,194 @@
+"""A study's own run: the MLflow parent of its trials, and the folder that says which of them are done."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipelines.delivery import Drainer
+from pipelines.description import Status
+from pipelines.ending import DESCRIPTION_TAG
+from pipelines.errors import UserError
+from pipelines.home import home
+from pipelines.loading import dump_config
+from pipelines.run_folder import RunFolder, RunInfo, find_folder, read_json, write_json, write_whole
+from pipelines.run_lock import RunBusyError, RunLock
+from pipelines.tracking import FINISH_TIMEOUT_S
+from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
+from tuning.results import TrialKey
+from tuning.study_config import StudyConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial that is done: a line of the study's ``trials.jsonl``."""
+
+    key: TrialKey
+    folder: str
+    """Of its run."""
+    outcome: str
+    seconds: float
+    max_norm: float | None = None
+    """The limit of an arm that was tuned to another's clip rate."""
+
+
+def studies_dir() -> Path:
+    """One folder per study, named by its MLflow run id."""
+    return home() / "studies"
+
+
+def study_folders() -> Iterator[RunFolder]:
+    """All studies, in no particular order."""
+    for info in studies_dir().glob("*/run.json"):
+        yield RunFolder(info.parent)
+
+
+def find_study(study: str) -> RunFolder:
+    """The folder of the study that a user means by an id, the beginning of one, a name or ``latest``.
+
+    Raises:
+        UserError: there is no such study, or there are several.
+    """
+    return find_folder(study, study_folders(), "study", "studies", studies_dir())
+
+
+class StudyRun:
+    """As a context manager it ends the study's run on every way out, exceptions included."""
+
+    def __init__(self, config: StudyConfig, store: TrackingStore, folder: RunFolder, lock: RunLock) -> None:
+        self.config, self.folder, self.info = config, folder, folder.info
+        self.undelivered: str | None = None
+        """After the end: what to tell the user if MLflow could not be given everything."""
+        self.status: Status | None = None
+        """How it ends, where that is not what the exception on the way out says."""
+        self.description = config.question
+        self.figures: dict[str, float] = {}
+        """Metrics of its end."""
+        self._drainer = Drainer(store.client, folder, lock)
+
+    @classmethod
+    def start(cls, config: StudyConfig, store: TrackingStore, name: str, experiment: str) -> Self:
+        """A new study. UserError if the store refuses."""
+        from mlflow.entities import Param
+
+        with store_errors(store.uri):
+            client, experiment_id = store.client, store.experiment_id(experiment)
+            name = _free_name(name)
+            tags = {"role": "study", "mlflow.source.type": "LOCAL", DESCRIPTION_TAG: config.question}
+            run = client.create_run(experiment_id, run_name=name, tags=tags)
+            folder = RunFolder(studies_dir() / run.info.run_id)
+            created = datetime.now(UTC).isoformat(timespec="milliseconds")
+            try:
+                write_whole(folder.config, dump_config(config))
+                lock = RunLock(folder)
+                folder.write_info(RunInfo(run.info.run_id, name, experiment, experiment_id, created, shown(store.uri)))
+            except BaseException:
+                client.set_terminated(run.info.run_id, "FAILED")
+                raise
+            params = {
+                "arms": ", ".join(config.arms),
+                "blocks_at_most": config.blocks,
+                "base": ", ".join(config.base),
+            }
+            client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+            client.log_artifact(run.info.run_id, str(folder.config))
+        return cls(config, store, folder, lock)
+
+    @classmethod
+    def reopen(cls, config: StudyConfig, store: TrackingStore, folder: RunFolder) -> Self:
+        """A study that goes on. UserError if another process works on it, or the store does not know it."""
+        with store_errors(store.uri):
+            lock = RunLock(folder)
+            find_tracked_run(store, folder.info)
+            folder.write_info(replace(folder.info, tracking_uri=shown(store.uri)))
+            # In this order: a driver that vanishes in between leaves an ending that is sent again.
+            write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
+            store.client.update_run(folder.info.id, status="RUNNING")
+            write_whole(folder.config, dump_config(config))
+            folder.ending.unlink(missing_ok=True)
+        return cls(config, store, folder, lock)
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """The trials that are done, as they ended."""
+        return read_trials(self.folder)
+
+    def record(self, trial: TrialRecord) -> None:
+        """A trial is done."""
+        content = {**asdict(trial), "key": asdict(trial.key)}
+        with (self.folder.path / _TRIALS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+    @property
+    def minutes(self) -> float:
+        """How long trials have run so far, in all commands together."""
+        return float(read_json(self.folder.path / _EFFORT).get("minutes", 0.0))
+
+    def add_minutes(self, minutes: float) -> None:
+        """So long have trials run in this command."""
+        write_json(self.folder.path / _EFFORT, {"minutes": self.minutes + minutes})
+
+    def __enter__(self) -> Self:
+        self._drainer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        status: Status = "FINISHED" if error is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+        ending = _ending(self.status or status, self.description, self.figures)
+        write_json(self.folder.ending, ending)
+        self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
+
+
+_TRIALS = "trials.jsonl"
+_EFFORT = "effort.json"
+
+
+def read_trials(folder: RunFolder) -> list[TrialRecord]:
+    """The trials of a study that are done, as they ended; a last line that a kill cut short is passed over."""
+    try:
+        lines = (folder.path / _TRIALS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    contents = [json.loads(line) for line in lines if line.endswith("}\n")]
+    return [TrialRecord(**{**content, "key": TrialKey(**content["key"])}) for content in contents]
+
+
+def end_orphaned_studies(store: TrackingStore) -> None:
+    """End the studies whose driver vanished. Their trials are runs, and `pipelines.orphans` ends those."""
+    from pipelines.delivery import Delivery
+
+    for folder in study_folders():
+        if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
+            continue
+        try:
+            lock = RunLock(folder)
+        except RunBusyError:
+            continue
+        with store_errors(store.uri):
+            try:
+                write_json(folder.ending, _ending("KILLED", "Stopped: its driver vanished.", {}))
+                Delivery(store.client, folder).send()
+            finally:
+                lock.release()
+
+
+def _ending(status: Status, description: str, figures: Mapping[str, float]) -> dict[str, Any]:
+    now = time.time_ns() // 1_000_000
+    return {"status": status, "time_ms": now, "metrics": dict(figures), "tags": {DESCRIPTION_TAG: description}}
+
+
+def _free_name(base: str) -> str:
+    taken = {folder.info.name for folder in study_folders()}
+    number = 1
+    while f"{base}-{number}" in taken:
+        number += 1
+    return f"{base}-{number}"

@@ -1,0 +1,181 @@
+"""The trials of a study while they run: what Tune is given, what MLflow is told, what the study remembers."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.config import RunConfig
+from pipelines.description import Status
+from pipelines.errors import UserError
+from pipelines.home import runs_dir
+from pipelines.outcome import Ending
+from pipelines.run_folder import RunFolder
+from pipelines.shards import Shards
+from pipelines.text import dataset_info, fit_to_text
+from pipelines.tracking import Tracker, TrialPlace
+from pipelines.tracking_store import TrackingStore
+from pipelines.views import run_colour
+from tuning.blocks import Blocks
+from tuning.matching import matching_max_norm
+from tuning.outcome import measure_trial
+from tuning.recording import read_series
+from tuning.results import TrialKey, TrialResult
+from tuning.study_config import StudyConfig
+from tuning.study_loading import trial_config
+from tuning.study_run import StudyRun, TrialRecord
+from tuning.trial_rank import TrialJob
+
+_log = logging.getLogger(__name__)
+
+_STATUS: dict[str, Status] = {"finished": "FINISHED", "diverged": "FAILED"}
+
+
+@dataclass
+class _Running:
+    key: TrialKey
+    config: RunConfig
+    folder: RunFolder
+    max_norm: float | None
+    started: float = 0.0
+    tracker: Tracker | None = None
+
+
+class StudyTrials:
+    """The `tuning.trials.TrialSource` of a study. MLflow is told in a thread of its own: trials do not wait for it."""
+
+    def __init__(
+        self,
+        study: StudyConfig,
+        run: StudyRun,
+        blocks: Blocks,
+        shards: Shards,
+        store: TrackingStore,
+        stop: threading.Event,
+        on_end: Callable[[TrialResult, float], None],
+    ) -> None:
+        """
+        Args:
+            study: its config.
+            run: the parent of its trials.
+            blocks: which trial comes next.
+            shards: the text of all trials.
+            store: where trials are recorded.
+            stop: set when the study must end early.
+            on_end: called with the result of each trial and its seconds.
+        """
+        self._study, self._run, self._blocks, self._shards, self._store = study, run, blocks, shards, store
+        self._stop, self._on_end = stop, on_end
+        self._records = {record.key: record for record in run.trials}
+        self._running: dict[str, _Running] = {}
+        self._colours = {arm: run_colour(number) for number, arm in enumerate(study.arms)}
+        self._mlflow = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self.failure: Exception | None = None
+        """Why the study cannot go on: a UserError if the config is the reason."""
+        self.untold: list[str] = []
+        """Trials that MLflow could not be told of."""
+
+    def next(self) -> tuple[str, TrialJob] | Literal["wait", "end"]:
+        """The next trial."""
+        key = self._blocks.next()
+        if not isinstance(key, TrialKey):
+            return key
+        max_norm = self._limit(key)
+        config = fit_to_text(trial_config(self._study, key, max_norm), self._shards)
+        folder = RunFolder(_free_folder(f"{self._run.info.id}-{key.name}"))
+        self._running[key.name] = _Running(key, config, folder, max_norm)
+        job = TrialJob(
+            config=config.model_dump(mode="json"), run_folder=str(folder.path), shards=str(self._shards.folder)
+        )
+        return key.name, job
+
+    def started(self, name: str) -> None:
+        """A trial has its actors, for the first time or again."""
+        trial = self._running[name]
+        self._blocks.started(trial.key)
+        if not trial.started:
+            trial.started = time.monotonic()
+            self._mlflow.submit(self._open, trial)
+
+    def ended(self, name: str, ending: Ending) -> None:
+        """A trial has come to its own end."""
+        trial = self._running.pop(name)
+        if ending.outcome not in _STATUS:
+            self._running[name] = trial
+            self._fail(UserError(f"trial {name}: {ending.reason}"))
+            return
+        seconds = time.monotonic() - trial.started
+        result = TrialResult(trial.key, measure_trial(trial.folder, trial.config))
+        record = TrialRecord(trial.key, str(trial.folder.path), ending.outcome, round(seconds, 2), trial.max_norm)
+        self._run.record(record)
+        self._records[trial.key] = record
+        self._blocks.ended(trial.key)
+        self._mlflow.submit(self._close, trial, result, ending)
+        self._on_end(result, seconds)
+
+    def failed(self, name: str, reason: str) -> None:
+        """A trial's actors failed for good."""
+        self._fail(RuntimeError(f"trial {name} failed: {reason}"))
+
+    def close(self) -> None:
+        """Tell MLflow of the trials that were left where they were, and wait until it knows everything."""
+        for trial in self._running.values():
+            if trial.started:
+                self._mlflow.submit(self._end, trial, "KILLED", "the study ended early")
+        self._mlflow.shutdown(wait=True)
+
+    def _fail(self, failure: Exception) -> None:
+        self.failure = self.failure or failure
+        self._stop.set()
+
+    def _limit(self, key: TrialKey) -> float | None:
+        """At which an arm clips that is tuned to another's clip rate."""
+        other = self._study.arms[key.arm].clip_rate_of
+        if other is None:
+            return None
+        return matching_max_norm(read_series(RunFolder(Path(self._records[TrialKey(key.seed, other, key.point)].folder))))
+
+    def _open(self, trial: _Running) -> None:
+        key = trial.key
+        tracking = trial.config.tracking.model_copy(update={"run_name": key.name})
+        tags = {"role": "study", "arm": key.arm, "study": self._run.info.name, "mlflow.runColor": self._colours[key.arm]}
+        try:
+            trial.tracker = Tracker.start(
+                trial.config.model_copy(update={"tracking": tracking}),
+                self._store,
+                dataset=dataset_info(self._shards),
+                trial=TrialPlace(trial.folder, self._run.info.id),
+                tags=tags,
+            )
+            trial.tracker.__enter__()
+        except UserError as error:
+            _log.info("MLflow was not told of trial %s yet: %s", key.name, error)
+
+    def _close(self, trial: _Running, result: TrialResult, ending: Ending) -> None:
+        if trial.tracker is None:
+            self._open(trial)
+        if trial.tracker is not None:
+            trial.tracker.figures = {f"study/{name}": value for name, value in result.measures.items()}
+        self._end(trial, _STATUS[ending.outcome], ending.reason)
+
+    def _end(self, trial: _Running, status: Status, reason: str | None) -> None:
+        if trial.tracker is None:
+            self.untold.append(trial.key.name)
+            return
+        trial.tracker.end_as(status, reason)
+        trial.tracker.__exit__(None, None, None)
+        if trial.tracker.undelivered:
+            self.untold.append(trial.key.name)
+
+
+def _free_folder(name: str) -> Path:
+    """A trial that was interrupted is begun anew, and its first attempt stays what it was."""
+    path, number = runs_dir() / name, 1
+    while path.exists():
+        number += 1
+        path = runs_dir() / f"{name}-{number}"
+    return path

@@ -1,0 +1,130 @@
+"""A training run as a Ray Tune trial, in actors that are kept from trial to trial.
+
+The trial's actor is rank 0. The other ranks are its child actors, each on a bundle of the trial's own placement group,
+so that Tune starts, restarts and ends the gang as one. Nested Ray Train runs would start eight processes a trial, some
+12 s; here the first trial of a slot pays for its processes, and the next ones begin within a tenth of a second.
+"""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray import tune
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipelines.config import ParallelConfig, RunConfig
+from pipelines.process_group import join_group, serve_store
+from tuning.trial_rank import Progress, TrialJob, TrialRank
+
+JOB = "job"
+"""Key of a trial's config under which its `TrialJob` is."""
+
+# A collective that takes longer has lost a rank; a dead one is noticed at once, a hung one is not.
+_COLLECTIVE_TIMEOUT = timedelta(seconds=300)
+_PEER_TIMEOUT_S = 600.0
+# How long the actor is out of reach: Tune asks for the next result, or for the end, only then.
+_REPORT_EVERY_S = 1.0
+_MOST_STEPS = 1000
+
+
+def resources(parallel: ParallelConfig, gpu: bool) -> tune.PlacementGroupFactory:
+    """What a trial occupies: a bundle for every rank, none for anybody else."""
+    bundle = {"CPU": parallel.threads, **({"GPU": 1} if gpu else {})}
+    return tune.PlacementGroupFactory([bundle] * parallel.workers)
+
+
+class Peer:
+    """Rank 1 and above, as a child actor of rank 0's."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = TrialRank(rank)
+
+    def join(self, backend: str, address: tuple[str, int], size: int) -> None:
+        """Meet the other ranks."""
+        join_group(backend, address, self._rank.rank, size, _COLLECTIVE_TIMEOUT)
+
+    def begin(self, job: TrialJob) -> None:
+        """`TrialRank.begin`."""
+        self._rank.begin(job)
+
+    def advance(self, steps: int) -> Progress:
+        """`TrialRank.advance`."""
+        return self._rank.advance(steps)
+
+
+class TrainingTrial(tune.Trainable):  # type: ignore[misc]
+    """Trains one trial after the other. All trials of a `Tuner` must have the same ``parallel.workers``.
+
+    Tune's own checkpoints are empty: a trial's state is in its run's folder, where a restarted trial finds it.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Start the ranks, and the first trial."""
+        self._rank = TrialRank(0)
+        self._peers: list[Any] = []
+        parallel = RunConfig.model_validate(config[JOB]["config"]).parallel
+        if parallel.workers > 1:
+            self._gather(parallel)
+        self._begin(config[JOB])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial in the same processes."""
+        self._begin(new_config[JOB])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """About a second of training. Tune may end the trial between two of these, when no rank waits for another."""
+        started = time.perf_counter()
+        steps = self._stride
+        waiting = [peer.advance.remote(steps) for peer in self._peers]
+        progress = self._rank.advance(steps)
+        ray.get(waiting, timeout=_PEER_TIMEOUT_S)
+        taken = time.perf_counter() - started
+        # At most doubled: the first step of a process takes a second or two more than the others.
+        self._stride = max(1, min(2 * steps, round(steps * _REPORT_EVERY_S / max(taken, 1e-6)), _MOST_STEPS))
+        ending = progress.ending
+        return {
+            "step": progress.step,
+            "outcome": ending.outcome if ending else None,
+            "reason": ending.reason if ending else None,
+            "done": ending is not None,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: see the class."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing: see the class."""
+
+    def cleanup(self) -> None:
+        """Free the run's locks and end the ranks."""
+        self._rank.close()
+        for peer in self._peers:
+            ray.kill(peer)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _begin(self, job: TrialJob) -> None:
+        self._stride = 1
+        waiting = [peer.begin.remote(job) for peer in self._peers]
+        self._rank.begin(job)
+        ray.get(waiting, timeout=_PEER_TIMEOUT_S)
+
+    def _gather(self, parallel: ParallelConfig) -> None:
+        """Start the other ranks and meet them."""
+        group = ray.util.get_current_placement_group()
+        gpus = ray.get_gpu_ids()
+        for rank in range(1, parallel.workers):
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            actor = ray.remote(Peer).options(
+                num_cpus=parallel.threads, num_gpus=1 if gpus else 0, scheduling_strategy=place
+            )
+            self._peers.append(actor.remote(rank))
+        backend, size, host = "nccl" if gpus else "gloo", parallel.workers, ray.util.get_node_ip_address()
+        address = (host, serve_store(host, size, _COLLECTIVE_TIMEOUT))
+        waiting = [peer.join.remote(backend, address, size) for peer in self._peers]
+        join_group(backend, address, 0, size, _COLLECTIVE_TIMEOUT)
+        ray.get(waiting, timeout=_PEER_TIMEOUT_S)

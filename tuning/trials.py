@@ -1,0 +1,70 @@
+"""Trials on Ray Tune: where they come from and who hears of them is the caller's; Tune places, restarts and ends them."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pipelines.config import ParallelConfig
+from pipelines.outcome import Ending
+from tuning.trial_rank import TrialJob
+
+# Of Tune, read when it runs. Results and configs are kept by this project, and so are the signals of the process.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Another layout of the tables that are switched off here.
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+# A trial whose actors died is begun again so often.
+_RESTARTS = 2
+
+
+class TrialSource(Protocol):
+    """What there is to run. Called from one thread."""
+
+    def next(self) -> tuple[str, TrialJob] | Literal["wait", "end"]:
+        """The name of another trial and what it is; ``wait`` while that is open, ``end`` after the last."""
+
+    def started(self, name: str) -> None:
+        """A trial has its actors; also said again when it is restarted."""
+
+    def ended(self, name: str, ending: Ending) -> None:
+        """A trial has come to its own end."""
+
+    def failed(self, name: str, reason: str) -> None:
+        """A trial's actors failed for good."""
+
+
+def run_trials(
+    source: TrialSource, parallel: ParallelConfig, gpu: bool, slots: int, storage: Path, stop: threading.Event
+) -> None:
+    """Run the trials of ``source``, ``slots`` at a time, until there are none left or ``stop`` is set. Needs Ray.
+
+    Trials that run when ``stop`` is set are left where they are: nobody is told of them.
+    """
+    # As many wait for a slot as there are, so that none idles when several end at once.
+    for name, value in {**_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(slots)}.items():
+        os.environ.setdefault(name, value)
+    from ray import tune
+
+    from tuning.trial import TrainingTrial, resources
+    from tuning.tune_adapters import Reporter, Search, Stop
+
+    search = Search(source)
+    tuner = tune.Tuner(
+        tune.with_resources(TrainingTrial, resources(parallel, gpu)),
+        tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(storage),
+            stop=Stop(stop),
+            callbacks=[Reporter(search)],
+            failure_config=tune.FailureConfig(max_failures=_RESTARTS),
+            # The end of a trial is not its: see TrainingTrial.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
