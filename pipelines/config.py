@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from moe.config.base import Config
 from moe.config.trainer import BatchConfig, TrainerConfig
+from pipelines.fault_config import FaultConfig, fault_problem
 
 
 class StdlibCorpusConfig(Config):
@@ -106,7 +107,10 @@ class CheckpointConfig(Config):
     """Saved state of training, under the run's folder."""
 
     every_steps: NonNegativeInt = 200
-    """Optimizer steps between checkpoints; 0 saves only at the end."""
+    """Optimizer steps between checkpoints; 0 saves none on the way."""
+    at_end: bool = True
+    """Whether the end of training is saved; studies of many short runs go without. A run that is asked to stop saves in
+    any case."""
     keep: PositiveInt = 3
     """The newest so many are kept, and the newest good one with them."""
     confirm_steps: PositiveInt = 50
@@ -154,6 +158,8 @@ class RunConfig(TrainerConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
+    faults: list[FaultConfig] = Field(default=[])
+    """What goes wrong on purpose, for studies; one after the other where several hit a step."""
 
     @model_validator(mode="after")
     def _validation_has_a_sequence_for_every_worker(self) -> "RunConfig":
@@ -163,4 +169,13 @@ class RunConfig(TrainerConfig):
                 f"validation.max_tokens ({self.validation.max_tokens}) is less than one sequence for every worker "
                 f"(data.sequence_length x parallel.workers = {least})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _faults_have_an_effect(self) -> "RunConfig":
+        shortest = min(self.batch_of(stage)[1] for stage in self.schedule.as_stages())
+        for number, fault in enumerate(self.faults):
+            problem = fault_problem(fault, self.steps, shortest)
+            if problem is not None:
+                raise ValueError(f"faults.{number}.{problem}")
         return self

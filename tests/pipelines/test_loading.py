@@ -91,6 +91,52 @@ def test_every_preset_loads_and_survives_dumping(name: str, tmp_path: Path) -> N
     assert dump_config(load_config([path])) == dump_config(config)
 
 
+SMALL_MODELS = ("micro", "tiny", "small")
+
+
+@pytest.mark.parametrize("model", SMALL_MODELS)
+def test_the_plain_recipe_leaves_a_model_without_any_technique(model: str) -> None:
+    config = load_config([model, "recipes/plain"])
+    assert config.stability.model_dump() == {
+        "balance": {"kind": "none"},
+        "balance_loss": {"kind": "none"},
+        "router_z_loss": {"coefficient": 0.0},
+        "lm_z_loss": {"coefficient": 0.0},
+        "clip": {"kind": "none"},
+    }
+    below = load_config([model])
+    assert (config.schedule, config.data, config.parallel) == (below.schedule, below.data, below.parallel)
+
+
+@pytest.mark.parametrize("model", SMALL_MODELS)
+def test_the_plain_recipe_takes_back_what_was_switched_on_below_it(model: str, tmp_path: Path) -> None:
+    techniques = "model: {norm_placement: sandwich, moe: {output_norm: true}, init: {embedding_std: 1.0}}\n"
+    path = write(tmp_path, "mine.yaml", f"{techniques}optimizer: {{update_clip: rms}}\n")
+    plain = load_config([model, "recipes/plain"])
+    assert load_config([model, path, "recipes/plain"]) == plain
+    both = load_config([model, "recipes/recommended", "recipes/plain"])
+    assert (both.model, both.stability) == (plain.model, plain.stability)
+
+
+@pytest.mark.parametrize("model", [*SMALL_MODELS, "dense-tiny", "deepseek-v3", "deepseek-moe-16b"])
+def test_the_recommended_recipe_switches_its_techniques_on(model: str) -> None:
+    config, below = load_config([model, "recipes/recommended"]), load_config([model])
+    assert config.model.attention.qk_norm
+    assert (config.model.moe.affinity, config.model.moe.normalize_gates) == ("sigmoid", True)
+    assert config.model.activation.model_dump() == {"kind": "swiglu_clamp", "limit": 10.0}
+    assert config.stability.balance.model_dump(exclude={"schedule"}) == {"kind": "sign", "bias_update_rate": 1e-3}
+    assert config.stability.balance_loss.model_dump() == {"kind": "sequence", "coefficient": 1e-4}
+    assert (config.stability.router_z_loss.coefficient, config.stability.lm_z_loss.coefficient) == (0.0, 1e-4)
+    assert config.stability.clip.model_dump() == {"kind": "global", "max_norm": 1.0}
+    assert (config.optimizer.beta2, config.optimizer.eps, config.optimizer.weight_decay) == (0.95, 1e-16, 0.1)
+    assert (config.optimizer.lr, config.schedule, config.data) == (below.optimizer.lr, below.schedule, below.data)
+
+
+def test_a_recipe_that_a_models_stages_contradict_is_refused() -> None:
+    found = complaint(["deepseek-v3", "recipes/plain"])
+    assert found.startswith("schedule.stages.3.bias_update_rate has nothing to act on: stability.balance.kind is none")
+
+
 def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) -> None:
     for text in ["1e-3", "null", "true", " ", "010", "a: b", "ü# x", "2024-01-01"]:
         config = RunConfig.model_validate({"tracking": {"run_name": text}})
@@ -141,6 +187,26 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         ("model.moe={num_groups: 4, top_k: 3}", "model.moe: top_k (3) is more than the 1 chosen groups hold"),
         ("parallel.workers=3", "data.global_batch_size (16) is not divisible by parallel.workers (3)"),
         ("schedule.warmup_steps=201", "schedule: warmup_steps (201) is larger than steps (200)"),
+        # items of a list
+        ("faults={kind: corrupted_batches}", "faults: should be a valid list, got a mapping"),
+        ("faults=[corrupted_batches]", "faults.0: should be a mapping of keys, got the text 'corrupted_batches'"),
+        ("faults=[{kind: corrupted_batch, share: 1}]", "faults.0.kind: should be 'corrupted_batches', got the text"),
+        ("faults=[{kind: corrupted_batches}]", "faults.0.share: is required here"),
+        ("faults=[{share: 0}]", "faults.0.share: should be greater than 0, got 0"),
+        ("faults=[{share: 1}, {share: 2}]", "faults.1.share: should be less than or equal to 1, got 2"),
+        ("faults=[{share: 1, shaer: 1}]", "faults.0.shaer: unknown key; did you mean faults.0.share?"),
+        (
+            "faults=[{share: 1, content: shuffled_tokens, ngram_tokens: 3}]",
+            "faults.0.ngram_tokens: has no effect, since content is shuffled_tokens; leave it out",
+        ),
+        (
+            "faults=[{share: 1, ngram_tokens: 33}]",
+            "faults.0.ngram_tokens (33) does not fit twice into a sequence of 64",
+        ),
+        (
+            "faults=[{share: 1}, {share: 1, from_step: 201}]",
+            "faults.1.from_step (201) is after the last of the schedule's 200 optimizer steps",
+        ),
         # not a setting at all
         ("seed", "--set seed: should be key=value, for example --set optimizer.lr=3e-4"),
         ("=1", "--set =1: should be key=value"),
