@@ -14,6 +14,8 @@ from pipelines import commands
 from pipelines.arguments import DeliverArguments, ExportArguments, PrepareArguments, TrainArguments
 from pipelines.command_line import EXIT_DONE, run_command
 from pipelines.errors import UserError
+from tuning import commands as tuning_commands
+from tuning.arguments import StudyArguments
 
 PROGRAM = "steadymoe"
 
@@ -33,6 +35,8 @@ class Steadymoe(BaseModel):
     """Turn text into a folder of token shards to train on."""
     train: CliSubCommand[TrainArguments]
     """One training run."""
+    study: CliSubCommand[StudyArguments]
+    """The arms of a claim over paired seeds: table, verdict, picture."""
     deliver: CliSubCommand[DeliverArguments]
     """Send MLflow what it could not take while a run was on."""
     export: CliSubCommand[ExportArguments]
@@ -69,6 +73,8 @@ def _dispatch(arguments: Steadymoe, job: Sequence[str]) -> int:
         return commands.prepare(arguments.prepare)
     if arguments.train is not None:
         return commands.train(arguments.train)
+    if arguments.study is not None:
+        return tuning_commands.study(arguments.study)
     if arguments.deliver is not None:
         return commands.deliver(arguments.deliver)
     if arguments.export is not None:

@@ -43,6 +43,9 @@ _METAVARS = {
     "--tasks": "N",
     "--watch": "JOB",
     "--address": "URL",
+    "--budget-minutes": "MINUTES",
+    "--blocks": "N",
+    "--findings": "FILE",
 }
 # And (default: []), (default: None), (default: ['tiny']).
 _EMPTY_DEFAULT = re.compile(r" \(default: (\[\]|None|null)\)$")

@@ -1,4 +1,4 @@
-"""The text of a run before it starts: made into token shards, with what a user sees of that, and the config fitted to it."""
+"""The text of a run before it starts: made into token shards, shown to the user, and the config fitted to it."""
 
 from contextlib import ExitStack
 

@@ -51,7 +51,9 @@ class StudyArguments(BaseModel):
             raise UserError(f"one study at a time; leave out {' '.join(self.study[1:])}")
         if self.resume is not None:
             if self.study:
-                raise UserError(f"--resume takes the study as it was begun, so no name may be given; leave out {self.study[0]}")
+                raise UserError(
+                    f"--resume takes the study as it was begun, so no name may be given; leave out {self.study[0]}"
+                )
             if self.settings:
                 raise UserError("--set: a study that goes on keeps its config; start a new one for another")
         elif not self.study and self.model_fields_set - {"study"}:

@@ -1,4 +1,4 @@
-"""Which trial of a study comes next: whole blocks, one after the other, as long as the budget is likely to hold them."""
+"""Which trial of a study comes next: whole blocks, one after the other, as long as the budget holds them."""
 
 import time
 from collections.abc import Callable, Iterable

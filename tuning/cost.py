@@ -4,9 +4,10 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
+from moe.config.trainer import ParallelConfig
 from moe.parallel import join
 from moe.trainer import Trainer
-from pipelines.config import ParallelConfig, RunConfig
+from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches
 from pipelines.shards import Shards
 

@@ -8,8 +8,8 @@ from tuning.series import Series
 def matching_max_norm(series: Series) -> float:
     """The limit on the global gradient norm over which as many of this run's steps were as its clip has clipped.
 
-    Norms are those before clipping. A run that clips at that limit follows another path, so that its own clip rate comes
-    out near this one's, not equal to it. Without a clipped step the limit is the largest norm, which nothing exceeds.
+    Norms are those before clipping. A run that clips at that limit follows another path, so that its own clip rate is
+    near this one's, not equal to it. Without a clipped step the limit is the largest norm, which nothing exceeds.
 
     Raises:
         ValueError: the run did not clip, so there is no rate to match.

@@ -119,15 +119,13 @@ def _in_words(study: StudyConfig, cost: Cost, slots: int) -> str:
     per_block = clock(cost.seconds)
     blocks = max(1, min(study.blocks, int(60 * study.budget_minutes // cost.seconds)))
     return (
-        f"a block is {cost.trials} trials, {cost.steps:,} steps and {cost.tokens / 1e6:.1f} M tokens in all, about "
-        f"{per_block} with {slots} at a time; the budget of {study.budget_minutes:g} minutes holds about {blocks} of at "
-        f"most {study.blocks} blocks"
+        f"a block is {cost.trials} trials, {cost.steps:,} steps and {cost.tokens / 1e6:.1f} M tokens in all, "
+        f"about {per_block} with {slots} at a time; "
+        f"the budget of {study.budget_minutes:g} minutes holds about {blocks} of at most {study.blocks} blocks"
     )
 
 
-def _tell(
-    arguments: StudyArguments, study_run: StudyRun, outcome: Outcome, stopped: bool, console: Console
-) -> int:
+def _tell(arguments: StudyArguments, study_run: StudyRun, outcome: Outcome, stopped: bool, console: Console) -> int:
     console.print()
     console.print(outcome.table())
     if arguments.findings is not None:

@@ -1,4 +1,4 @@
-"""What a study is: arms of a claim over paired seeds, what is measured of each, and what must come out. Imports no torch.
+"""What a study is: arms of a claim over paired seeds, what is measured of each, and what must come out.
 
 A study is a YAML file of `StudyConfig`. A block is one seed through every arm and every point of the grid, on the same
 data and the same starting weights, so that arms are compared seed by seed.
@@ -20,9 +20,9 @@ class Arm(Config):
 
     says: str = Field(min_length=1)
     """What it is, in a few words for tables."""
-    base: list[str] = []
+    base: list[str] = Field(default=[])
     """Presets on top of the study's config."""
-    config: Tree = {}
+    config: Tree = Field(default={})
     """Keys of the run's config, on top of those; a changed ``kind`` takes nothing over from the one it replaces."""
     clip_rate_of: str | None = None
     """Another arm. This one clips the global norm at a limit that would have clipped as many of that arm's steps, of
@@ -76,7 +76,7 @@ class Sensitivity(Config):
 
 
 class LargestStable(Config):
-    """The largest value of the grid up to which no run diverged, 0 if the first one did; the measure is ``diverged``."""
+    """The largest value of the grid up to which no run diverged, 0 if the first did; the measure is ``diverged``."""
 
     kind: Literal["largest_stable"] = "largest_stable"
 
@@ -129,7 +129,7 @@ class Claim(Config):
     """The claim in a sentence."""
     conditions: list[Condition] = Field(min_length=1)
     """It holds if all of them hold."""
-    exercised: list[Exercised] = []
+    exercised: list[Exercised] = Field(default=[])
     """Without these nothing can be concluded, whatever came out."""
 
 
@@ -143,9 +143,9 @@ class StudyConfig(Config):
     """What a reader must know of how it was set up, and where that differs from the claim's source."""
     base: list[str] = Field(min_length=1)
     """Presets of runs that all arms stand on."""
-    config: Tree = {}
+    config: Tree = Field(default={})
     """Keys of the run's config, on top of those."""
-    settings: list[str] = []
+    settings: list[str] = Field(default=[])
     """``key=value`` each, on top of those: what the command's ``--set`` gave."""
     grid: Grid | None = None
     arms: dict[str, Arm] = Field(min_length=2)

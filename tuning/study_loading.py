@@ -48,7 +48,9 @@ def load_study(study: str, settings: Sequence[str] = (), **changed: Any) -> Stud
 
 def trial_configs(study: StudyConfig) -> list[RunConfig]:
     """The configs of one block."""
-    return [trial_config(study, TrialKey(study.first_seed, arm, point)) for arm in study.arms for point in study.points()]
+    return [
+        trial_config(study, TrialKey(study.first_seed, arm, point)) for arm in study.arms for point in study.points()
+    ]
 
 
 def study_titles() -> list[tuple[str, str]]:

@@ -36,7 +36,9 @@ class StudyProgress:
         figures = "  ".join(f"{measure} {value:.4g}" for measure, value in shown)
         eta = f"about {clock(left)} left of {self._blocks.begun} block(s)" if left is not None else ""
         self.say(f"[{self._ended}/{total}] {result.key.name:<24} {figures}  {seconds:.0f} s  {eta}")
-        self._bar.update(self._task, completed=self._ended, total=total, description=f"{self._blocks.left} trials to go")
+        self._bar.update(
+            self._task, completed=self._ended, total=total, description=f"{self._blocks.left} trials to go"
+        )
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -13,7 +13,6 @@ from typing import Any, Self
 from pipelines.delivery import Drainer
 from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
-from pipelines.errors import UserError
 from pipelines.home import home
 from pipelines.loading import dump_config
 from pipelines.run_folder import RunFolder, RunInfo, find_folder, read_json, write_json, write_whole

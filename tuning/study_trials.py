@@ -137,12 +137,19 @@ class StudyTrials:
         other = self._study.arms[key.arm].clip_rate_of
         if other is None:
             return None
-        return matching_max_norm(read_series(RunFolder(Path(self._records[TrialKey(key.seed, other, key.point)].folder))))
+        return matching_max_norm(
+            read_series(RunFolder(Path(self._records[TrialKey(key.seed, other, key.point)].folder)))
+        )
 
     def _open(self, trial: _Running) -> None:
         key = trial.key
         tracking = trial.config.tracking.model_copy(update={"run_name": key.name})
-        tags = {"role": "study", "arm": key.arm, "study": self._run.info.name, "mlflow.runColor": self._colours[key.arm]}
+        tags = {
+            "role": "study",
+            "arm": key.arm,
+            "study": self._run.info.name,
+            "mlflow.runColor": self._colours[key.arm],
+        }
         try:
             trial.tracker = Tracker.start(
                 trial.config.model_copy(update={"tracking": tracking}),

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipelines.config import ParallelConfig, RunConfig
+from moe.config.trainer import ParallelConfig
+from pipelines.config import RunConfig
 from pipelines.process_group import join_group, serve_store
 from tuning.trial_rank import Progress, TrialJob, TrialRank
 
@@ -64,6 +65,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
         """Start the ranks, and the first trial."""
         self._rank = TrialRank(0)
         self._peers: list[Any] = []
+        self._stride = 1
         parallel = RunConfig.model_validate(config[JOB]["config"]).parallel
         if parallel.workers > 1:
             self._gather(parallel)

@@ -1,11 +1,11 @@
-"""Trials on Ray Tune: where they come from and who hears of them is the caller's; Tune places, restarts and ends them."""
+"""Trials on Ray Tune: which, and who hears of them, is the caller's; Tune places, restarts and ends them."""
 
 import os
 import threading
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pipelines.config import ParallelConfig
+from moe.config.trainer import ParallelConfig
 from pipelines.outcome import Ending
 from tuning.trial_rank import TrialJob
 
