@@ -142,10 +142,10 @@ def _within(share: Interval, tolerance: float) -> Verdict:
 
 
 def _share(left: float, target: float) -> float:
-    """Difference as a share of the target's size; infinite from 0, unless there is no difference."""
+    """Difference as a share of the target; infinite from 0, unless there is no difference."""
     if left == target:
         return 0.0
-    return (left - target) / abs(target) if target else math.inf
+    return (left - target) / target if target else math.inf
 
 
 def _sides_in_words(condition: Condition, left_mean: float, right_mean: float) -> str:

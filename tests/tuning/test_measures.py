@@ -147,6 +147,13 @@ def test_the_noise_is_that_of_the_stages_batch() -> None:
     assert measure(run, config())["steps_to_balance"] == STEPS
 
 
+def test_a_stage_begins_with_its_first_step() -> None:
+    # Just out of balance for 20 steps; then a sixteenth of the tokens, so that even one step makes up for them.
+    stages = [{"steps": 20}, {"steps": 180, "global_batch_size": 1}]
+    run = series(max_vio=[1.6 * FLOOR] * STEPS)
+    assert measure(run, config(schedule={"kind": "stages", "stages": stages}))["steps_to_balance"] == 21
+
+
 def test_spikes_are_counted_in_loss_and_in_gradient() -> None:
     loss, norm = falling(), np.random.default_rng(0).normal(1.0, 0.05, STEPS)
     loss[149] += 3.0

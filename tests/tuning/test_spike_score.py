@@ -131,6 +131,8 @@ def test_rounding_is_no_spike() -> None:
     falling = np.linspace(5.0, 2.0, STEPS)
     assert score(np.full(STEPS, 0.1)) == 0
     assert score(falling) == 0
+    assert score(np.array([0.1] * 200 + [0.1000001] * 100)) == 0
+    assert score(np.array([0.1] * 200 + [0.10001] * 100)) == percent(5)
     assert spike_score([float(f"{value:.6g}") for value in falling], STEPS) == 0
 
 
