@@ -1,23 +1,10 @@
 """What a claim compares, as one number per seed: a measure of an arm, over the points of the grid if there is one."""
 
-import math
-from collections.abc import Callable, Sequence
-from typing import assert_never
-
-import numpy as np
+from collections.abc import Sequence
+from statistics import fmean
 
 from tuning.results import Results, TrialKey
-from tuning.study_config import (
-    AtBest,
-    AtHighest,
-    AtPoint,
-    Grid,
-    LargestStable,
-    Mean,
-    Quantity,
-    Reduction,
-    Sensitivity,
-)
+from tuning.study_config import AtBest, AtHighest, AtPoint, Grid, LargestStable, Quantity, Sensitivity
 
 
 class Unmeasured(Exception):  # noqa: N818 - nobody's mistake, but what came out
@@ -31,53 +18,48 @@ def by_seed(quantity: Quantity, results: Results, grid: Grid | None) -> list[flo
         Unmeasured: A run that diverged does not have the measure.
         ValueError: A run that did not diverge does not have it.
     """
-    if quantity.over is None or grid is None:
-        return [_value(results, quantity.measure, TrialKey(seed, quantity.arm)) for seed in results.seeds]
-    points = grid.values
-    table_SP = [
+    points = _points(quantity, results, grid)
+    rows_SP = [
         [_value(results, quantity.measure, TrialKey(seed, quantity.arm, point)) for point in points]
         for seed in results.seeds
     ]
-    reduce = _reduction(quantity.over, quantity.arm, results, points)
-    return [float(reduce(row_P)) for row_P in table_SP]
+    match quantity.over:
+        case Sensitivity():
+            return [fmean(row_P) - min(row_P) for row_P in rows_SP]
+        case LargestStable():
+            return [_largest_stable(row_P, points) for row_P in rows_SP]
+        case _:
+            return [fmean(row_P) for row_P in rows_SP]
 
 
 def best_point(arm: str, results: Results, points: Sequence[float]) -> float:
     """The value of the grid at which the arm's validation loss, averaged over seeds, is least; the lowest of equals."""
 
     def loss(point: float) -> float:
-        return float(np.mean([results.value("val_loss", seed, arm, point) for seed in results.seeds]))
+        return fmean(results.value("val_loss", seed, arm, point) for seed in results.seeds)
 
     return min(points, key=loss)
 
 
-def _reduction(
-    over: Reduction, arm: str, results: Results, points: Sequence[float]
-) -> Callable[[Sequence[float]], float]:
-    """From values at every point of the grid to one."""
-    match over:
+def _points(quantity: Quantity, results: Results, grid: Grid | None) -> Sequence[float | None]:
+    """The points whose trials the quantity is made of: a run that it does not need may lack the measure."""
+    if grid is None:
+        return [None]
+    match quantity.over:
         case AtPoint(value=value):
-            index = points.index(value)
-            return lambda row_P: row_P[index]
+            return [value]
         case AtBest():
-            best = points.index(best_point(arm, results, points))
-            return lambda row_P: row_P[best]
-        case AtHighest(points=count):
-            return lambda row_P: math.fsum(row_P[-count:]) / count
-        case Mean():
-            return lambda row_P: math.fsum(row_P) / len(row_P)
-        case Sensitivity():
-            return lambda row_P: math.fsum(value - min(row_P) for value in row_P) / len(row_P)
-        case LargestStable():
-            return lambda row_P: _largest_stable(row_P, points)
-        case other:
-            assert_never(other)
+            return [best_point(quantity.arm, results, grid.values)]
+        case AtHighest(points=points):
+            return grid.values[-points:]
+        case _:
+            return grid.values
 
 
-def _largest_stable(diverged_P: Sequence[float], points: Sequence[float]) -> float:
+def _largest_stable(diverged_P: Sequence[float], points: Sequence[float | None]) -> float:
     largest = 0.0
     for point, diverged in zip(points, diverged_P, strict=True):
-        if diverged:
+        if diverged or point is None:
             break
         largest = point
     return largest

@@ -78,7 +78,8 @@ def _judge_claim(claim: Claim, results: Results, grid: Grid | None) -> ClaimVerd
     except ValueError as error:
         raise ValueError(f"claim {claim.name!r}: {error}") from error
     if blocks < _LEAST_BLOCKS:
-        return ClaimVerdict(claim, "cannot tell", conditions, f"{blocks} whole block, and it takes {_LEAST_BLOCKS}")
+        reason = f"there is one whole block, and it takes {_LEAST_BLOCKS}"
+        return ClaimVerdict(claim, "cannot tell", conditions, reason)
     if idle:
         return ClaimVerdict(claim, "not exercised", conditions, "; ".join(idle))
     return ClaimVerdict(claim, _all_of([condition.verdict for condition in conditions]), conditions)
@@ -141,10 +142,10 @@ def _within(share: Interval, tolerance: float) -> Verdict:
 
 
 def _share(left: float, target: float) -> float:
-    """Difference as a share of the target's size; infinite from 0, unless there is no difference."""
+    """Difference as a share of the target; infinite from 0, unless there is no difference."""
     if left == target:
         return 0.0
-    return (left - target) / abs(target) if target else math.inf
+    return (left - target) / target if target else math.inf
 
 
 def _sides_in_words(condition: Condition, left_mean: float, right_mean: float) -> str:
