@@ -9,6 +9,7 @@ from moe.config.clip import ClipConfig, GlobalClipConfig, ZClipConfig
 from pipelines.config import RunConfig
 from pipelines.description import model_in_words
 from pipelines.history import History, Series
+from pipelines.plotting import BLUE, DPI, GREEN, INK, ORANGE, VIOLET, WIDTH, frame, number_log_axis, say_empty
 from pipelines.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "training.png"
 
-_INK, _GRID = "#22303c", "#e3e7eb"
-_BLUE, _ORANGE, _GREEN, _VIOLET = "#2f6fb0", "#e07b39", "#3a9d6e", "#7b5ea7"
 # Over this share of the steps the bold line averages.
 _SMOOTHING = 0.03
 
@@ -43,23 +42,23 @@ def draw_training(history: History, path: Path, title: str, clip_at: float | Non
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.25), dpi=160, layout="constrained")
-    figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=_INK, wrap=True)
+    figure = Figure(figsize=(WIDTH, 6.25), dpi=DPI, layout="constrained")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=INK, wrap=True)
     loss, norm, balance, rate = figure.subplots(2, 2, sharex=True).flat
-    _line(loss, history, "train/loss", "training", _BLUE, smooth=True)
-    _points(loss, history, "val/loss", "validation", _ORANGE)
-    _line(norm, history, "train/grad_norm", "norm", _VIOLET, smooth=True)
-    _line(balance, history, "moe/max_vio_batch", "batch", _GREEN, smooth=True)
-    _points(balance, history, "moe/max_vio_global", "validation set", _ORANGE)
-    _line(rate, history, "train/lr", "learning rate", _BLUE)
+    _line(loss, history, "train/loss", "training", BLUE, smooth=True)
+    _points(loss, history, "val/loss", "validation", ORANGE)
+    _line(norm, history, "train/grad_norm", "norm", VIOLET, smooth=True)
+    _line(balance, history, "moe/max_vio_batch", "batch", GREEN, smooth=True)
+    _points(balance, history, "moe/max_vio_global", "validation set", ORANGE)
+    _line(rate, history, "train/lr", "learning rate", BLUE)
     _frame(loss, "Loss (nats per token)")
     if clip_at is not None:
-        norm.axhline(clip_at, color=_ORANGE, linewidth=1.4, linestyle="--", label="clipped above")
+        norm.axhline(clip_at, color=ORANGE, linewidth=1.4, linestyle="--", label="clipped above")
     _frame(norm, "Gradient norm, before clipping", log=True)
     _frame(balance, "MaxVio (load of the busiest expert over the mean, minus 1)", floor=0)
     _frame(rate, "Learning rate", floor=0)
     for axes in (balance, rate):
-        axes.set_xlabel("optimizer step", color=_INK, fontsize=9)
+        axes.set_xlabel("optimizer step", color=INK, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -98,25 +97,15 @@ def _points(axes: "Axes", history: History, metric: str, label: str, color: str)
 
 
 def _frame(axes: "Axes", title: str, log: bool = False, floor: float | None = None) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(colors=_INK, labelsize=8.5, length=0)
+    frame(axes, title)
     drawn = [line for line in axes.lines if len(line.get_xdata())]  # type: ignore[arg-type]
     if not drawn:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=_INK, alpha=0.5)
+        say_empty(axes)
         return
     if log:
         axes.set_yscale("log")
-        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis_format(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.tick_params(axis="y", which="minor", colors=_INK, labelsize=8.5, length=0)
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        number_log_axis(axes.yaxis)
     if floor is not None:
         axes.set_ylim(bottom=floor)
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)

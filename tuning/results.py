@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 
 @dataclass(frozen=True, order=True)
@@ -49,3 +50,10 @@ class Results:
     def has(self, measure: str, arm: str, point: float | None = None) -> bool:
         """Whether the runs of this arm have the measure."""
         return all(measure in self._found[TrialKey(seed, arm, point)].measures for seed in self.seeds)
+
+    def values(self, measure: str, arm: str, points: Iterable[float | None]) -> list[float]:
+        """The mean over points of a measure, by seed; empty if there is no whole block or a run lacks the measure."""
+        wanted = list(points)
+        if not all(self.has(measure, arm, point) for point in wanted):
+            return []
+        return [fmean(self.value(measure, seed, arm, point) for point in wanted) for seed in self.seeds]
