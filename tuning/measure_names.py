@@ -25,7 +25,7 @@ DESCRIPTIONS: dict[str, str] = {
     "max_vio_early": "MaxVio of the batch, mean of the first 10 % of steps",
     "max_vio_late": "MaxVio of the batch, mean of the last 10 % of steps",
     "max_vio_late_std": "MaxVio of the batch, standard deviation over the last 20 % of steps",
-    "steps_to_balance": "steps until MaxVio of the batch is under 1.5 times what uniform random routing has",
+    "steps_to_balance": "steps until MaxVio of the batch is under 3 times what uniform random routing has",
     "dead_experts": "experts that no validation token reached, over all layers",
     "loss_spikes": "spike score of the loss: percent of steps 7 standard deviations above the last 200",
     "grad_spikes": "spike score of the gradient norm before clipping, as for the loss",

@@ -14,7 +14,8 @@ from tuning.noise_floor import noise_floor
 from tuning.series import Series
 from tuning.spike_score import spike_score
 
-_BALANCED = 1.5
+# Times what uniform random routing has. Neighbours in text route alike, so that no rule comes near 1.
+_BALANCED = 3.0
 _BALANCE_STEPS = 20
 
 Floats = npt.NDArray[np.float64]

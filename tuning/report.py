@@ -27,9 +27,10 @@ _WITHOUT_BEST = {"clip_rate"}
 _HOW_TO_READ = """\
 How to read it: a block is one seed through every arm{grid}, on the same data and from the same starting weights, so
 that arms are compared seed by seed. Cells are the mean over seeds ± half the width of its 95 % t-interval; one is bold
-if its interval lies below all others of its column. A claim **holds** if the differences within seeds are as it says,
-beyond their noise; it **does not hold** if they are otherwise, beyond their noise; in between, one **cannot tell**.
-**Not exercised**: what the claim is about did not act, so that nothing follows."""
+if its interval lies below all others of its column, and – if an arm has no such measure, or a run of it diverged before
+it was measured. A claim **holds** if the differences within seeds are as it says, beyond their noise; it **does not
+hold** if they are otherwise, beyond their noise; in between, one **cannot tell**. **Not exercised**: what the claim is
+about did not act, so that nothing follows."""
 _LINE_LENGTH = 120
 
 

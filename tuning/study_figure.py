@@ -30,7 +30,7 @@ _TICK_WIDTH = 0.15
 
 @dataclass(frozen=True)
 class _Seeds:
-    """A measure of an arm at a point, or at each of them."""
+    """A measure of an arm, at a point of the grid if there is one."""
 
     values: list[float]
     """By seed."""
@@ -78,6 +78,11 @@ def study_figure(config: StudyConfig, results: Results, verdicts: Sequence[Claim
     return figure
 
 
+def _look(index: int) -> tuple[str, str]:
+    """Colour and marker of an arm."""
+    return _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+
+
 def _seeds(results: Results, measure: str, arm: str, point: float | None) -> _Seeds:
     values = results.values(measure, arm, [point])
     diverged = results.values("diverged", arm, [point]) or [0.0] * len(values)
@@ -113,7 +118,7 @@ def _draw_rows(axes: "Axes", names: Sequence[str], arms: Sequence[_Seeds]) -> No
         return
     _scale(axes, "x", [arm for arm in arms if arm.values])
     for row, arm in enumerate(arms):
-        color, marker = _COLORS[row % len(_COLORS)], _MARKERS[row % len(_MARKERS)]
+        color, marker = _look(row)
         if not arm.values:
             axes.text(
                 0.02, row, "not recorded", transform=axes.get_yaxis_transform(), fontsize=8, va="center", alpha=0.5
@@ -121,7 +126,13 @@ def _draw_rows(axes: "Axes", names: Sequence[str], arms: Sequence[_Seeds]) -> No
             continue
         _scatter(axes, [(value, row + 0.2) for value in arm.values], arm.diverged, color)
         if math.isfinite(arm.interval.low):
-            axes.plot([arm.interval.low, arm.interval.high], [row - 0.1] * 2, color=color, linewidth=2.4)
+            axes.plot(
+                [arm.interval.low, arm.interval.high],
+                [row - 0.1] * 2,
+                color=color,
+                linewidth=2.4,
+                solid_capstyle="butt",
+            )
         axes.plot(arm.interval.mean, row - 0.1, marker, color=color, markersize=7, markeredgecolor="white")
 
 
@@ -139,7 +150,7 @@ def _draw_over_grid(axes: "Axes", grid: Grid, arms: Sequence[dict[float, _Seeds]
         return
     _scale(axes, "y", drawn)
     for index, arm in enumerate(arms):
-        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+        color, marker = _look(index)
         for point, seeds in arm.items():
             _scatter(axes, [(point, value) for value in seeds.values], seeds.diverged, color)
         points, over = list(arm), [seeds.interval for seeds in arm.values()]
@@ -161,12 +172,8 @@ def _scatter(axes: "Axes", places: Sequence[tuple[float, float]], diverged: Sequ
 def _draw_legend(figure: "Figure", sheet: StudySheet, arms: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [
-        Line2D(
-            [], [], color=_COLORS[index % len(_COLORS)], marker=_MARKERS[index % len(_MARKERS)], markeredgecolor="white"
-        )
-        for index in range(len(arms))
-    ]
+    looks = [_look(index) for index in range(len(arms))]
+    lines = [Line2D([], [], color=color, marker=marker, markeredgecolor="white") for color, marker in looks]
     legend = figure.legend(
         lines,
         arms,

@@ -72,9 +72,9 @@ def only(config: StudyConfig, found: Results) -> ClaimVerdict:
 def test_a_difference_counts_beyond_the_noise_of_the_seeds(relation: str, mean: float, outcome: str) -> None:
     found = results(around(2.0 + mean), [2.0] * 5)
     verdict = only(study(condition(relation)), found)
-    assert verdict.outcome == outcome
+    assert verdict.verdict == outcome
     [judged] = verdict.conditions
-    assert judged.outcome == outcome
+    assert judged.verdict == outcome
     assert judged.difference is not None
     assert judged.left == pytest.approx(2.0 + mean)
     assert judged.right == 2.0
@@ -93,29 +93,29 @@ def test_a_difference_counts_beyond_the_noise_of_the_seeds(relation: str, mean: 
 )
 def test_without_any_spread_the_sign_decides(mean: float, below: str, at_most: str) -> None:
     found = results([mean] * 3, [0.0] * 3)
-    assert only(study(condition("below")), found).outcome == below
-    assert only(study(condition("at_most")), found).outcome == at_most
+    assert only(study(condition("below")), found).verdict == below
+    assert only(study(condition("at_most")), found).verdict == at_most
 
 
 def test_arms_are_compared_seed_by_seed() -> None:
     # The seeds differ a hundred times more than the arms do.
     old = [1.0, 2.0, 3.0, 4.0, 5.0]
     new = [value - 0.1 + step / 10 for value, step in zip(old, STEPS, strict=True)]
-    assert only(study(condition()), results(new, old)).outcome == "holds"
-    assert only(study(condition()), results(new[::-1], old)).outcome == "cannot tell"
+    assert only(study(condition()), results(new, old)).verdict == "holds"
+    assert only(study(condition()), results(new[::-1], old)).verdict == "cannot tell"
 
 
 def test_the_factor_is_one_of_the_right_side() -> None:
     found = results(around(0.9), around(2.0))
-    assert only(study(condition(factor=0.5)), found).outcome == "holds"
-    assert only(study(condition(factor=0.4)), found).outcome == "does not hold"
+    assert only(study(condition(factor=0.5)), found).verdict == "holds"
+    assert only(study(condition(factor=0.4)), found).verdict == "does not hold"
 
 
 def test_the_right_side_can_be_a_number() -> None:
     found = results(around(0.9), around(7.0))
     [judged] = only(study(condition(right=2.0, factor=0.5)), found).conditions
-    assert (judged.outcome, judged.right) == ("holds", 2.0)
-    assert only(study(condition(right=0.8)), found).outcome == "does not hold"
+    assert (judged.verdict, judged.right) == ("holds", 2.0)
+    assert only(study(condition(right=0.8)), found).verdict == "does not hold"
 
 
 @pytest.mark.parametrize("side", [1, -1])
@@ -133,7 +133,7 @@ def test_within_is_as_a_share_of_the_right_side(side: int, mean: float, outcome:
     # Shares of 4 = 0.5 * 8.
     found = results([4 * (1 + share) for share in around(side * mean)], [8.0] * 5)
     verdict = only(study(condition("within", factor=0.5, tolerance=0.10)), found)
-    assert verdict.outcome == outcome
+    assert verdict.verdict == outcome
     [judged] = verdict.conditions
     assert judged.difference is not None
     assert judged.difference.mean == pytest.approx(side * mean)
@@ -141,9 +141,9 @@ def test_within_is_as_a_share_of_the_right_side(side: int, mean: float, outcome:
 
 def test_nothing_is_relative_to_zero_but_zero() -> None:
     config = study(condition("within", tolerance=0.1))
-    assert only(config, results([0.0, 0.0], [0.0, 0.0])).outcome == "holds"
+    assert only(config, results([0.0, 0.0], [0.0, 0.0])).verdict == "holds"
     verdict = only(config, results([0.0, 1.0], [0.0, 0.0]))
-    assert verdict.outcome == "cannot tell"
+    assert verdict.verdict == "cannot tell"
     assert "no relative difference from 0" in verdict.conditions[0].sentence
 
 
@@ -164,7 +164,7 @@ def test_a_claim_needs_all_of_its_conditions(measures: tuple[float, float], outc
             trials.append(TrialResult(TrialKey(seed, arm), {"val_loss": first, "loss_spikes": second, "diverged": 0.0}))
     config = study(condition(), condition(measure="loss_spikes"))
     verdict = only(config, Results(trials, ["new", "old"], [None]))
-    assert verdict.outcome == outcome
+    assert verdict.verdict == outcome
     assert len(verdict.conditions) == 2
 
 
@@ -173,24 +173,24 @@ def test_a_mechanism_that_did_not_act_proves_nothing(clip_rate: float, outcome: 
     needs = {"quantity": {"arm": "new", "measure": "clip_rate"}, "above": 0.2}
     found = results(around(1.0), around(2.0), clip_rate=clip_rate)
     verdict = only(study(condition(), exercised=(needs,)), found)
-    assert verdict.outcome == outcome
-    assert verdict.conditions[0].outcome == "holds"
+    assert verdict.verdict == outcome
+    assert verdict.conditions[0].verdict == "holds"
     if outcome == "not exercised":
         assert verdict.reason == f"clip_rate of new is {clip_rate:g}, and should be above 0.2"
     else:
-        assert verdict.reason is None
+        assert verdict.reason == ""
 
 
 def test_one_block_is_no_verdict() -> None:
     verdict = only(study(condition()), results([1.0], [2.0]))
-    assert verdict.outcome == "cannot tell"
+    assert verdict.verdict == "cannot tell"
     assert verdict.reason == "there is one whole block, and it takes 2"
     assert verdict.conditions[0].sentence == "val_loss: new 1 against old 2: difference -1, 1 seed"
 
 
 def test_no_block_is_no_verdict() -> None:
     verdict = only(study(condition()), results([1.0, 1.0], []))
-    assert (verdict.outcome, verdict.conditions, verdict.reason) == ("cannot tell", (), "there is no whole block")
+    assert (verdict.verdict, verdict.conditions, verdict.reason) == ("cannot tell", (), "there is no whole block")
 
 
 def test_a_seed_without_its_whole_block_is_left_out() -> None:
@@ -223,11 +223,11 @@ def test_what_a_run_diverged_before_cannot_be_told() -> None:
         "right": {"arm": "old", "measure": "dead_experts"},
     }
     verdict = only(study(condition_on_it), found)
-    assert verdict.outcome == "cannot tell"
+    assert verdict.verdict == "cannot tell"
     assert verdict.conditions[0].sentence == "old-s0 diverged before dead_experts was measured"
     needs = {"quantity": {"arm": "old", "measure": "dead_experts"}}
     verdict = only(study(condition(), exercised=(needs,)), found)
-    assert verdict.outcome == "cannot tell"
+    assert verdict.verdict == "cannot tell"
     assert verdict.reason == "old-s0 diverged before dead_experts was measured"
 
 
@@ -267,7 +267,7 @@ def test_claims_are_judged_on_the_grid_as_they_say() -> None:
         for seed in range(3)
     ]
     verdict = only(config, Results(trials, ["new", "old"], [0.001, 0.01]))
-    assert verdict.outcome == "holds"
+    assert verdict.verdict == "holds"
     assert [judged.sentence for judged in verdict.conditions] == [
         "val_loss: new at its best point 1 against old at its best point 1.5: difference -0.5 [-0.5, -0.5], 3 seeds",
         "diverged: old (largest point without divergence) 0.001 against new (largest point without divergence) 0.01: "
