@@ -42,6 +42,11 @@ class Blocks:
         self.begun = 0
         """Blocks that are whole, or will be when what runs and waits has ended."""
 
+    @property
+    def are_done(self) -> bool:
+        """Whether every trial of every block has its result."""
+        return all(key in self._done for block in self._blocks for key in block)
+
     def next(self) -> TrialKey | Literal["wait", "end"]:
         """A trial to run now; ``wait`` while the next one needs another's result, ``end`` if there is none any more."""
         while not self._waiting:

@@ -88,6 +88,8 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
     study, study_run = setting.study, setting.run
     stop, asked = threading.Event(), False
     blocks = Blocks(study, setting.slots, done=[trial.key for trial in study_run.trials])
+    if blocks.are_done:
+        return False
     with StudyProgress(study, blocks, console) as progress:
         trials = StudyTrials(study, study_run, blocks, setting.shards, setting.store, stop, progress.trial_ended)
 

@@ -1,6 +1,7 @@
 """Trials on Ray Tune: which, and who hears of them, is the caller's; Tune places, restarts and ends them."""
 
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Literal, Protocol
@@ -38,11 +39,12 @@ class TrialSource(Protocol):
 
 
 def run_trials(
-    source: TrialSource, parallel: ParallelConfig, gpu: bool, slots: int, storage: Path, stop: threading.Event
+    source: TrialSource, parallel: ParallelConfig, gpu: bool, slots: int, folder: Path, stop: threading.Event
 ) -> None:
     """Run the trials of ``source``, ``slots`` at a time, until there are none left or ``stop`` is set. Needs Ray.
 
-    Trials that run when ``stop`` is set are left where they are: nobody is told of them.
+    Trials that run when ``stop`` is set are left where they are: nobody is told of them. Tune's own files are in
+    ``folder`` for the while, which every node of the cluster must see.
     """
     # As many wait for a slot as there are, so that none idles when several end at once.
     for name, value in {**_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(slots)}.items():
@@ -50,17 +52,23 @@ def run_trials(
     from ray import tune
 
     from tuning.trial import TrainingTrial, resources
-    from tuning.tune_adapters import Reporter, Search, Stop
+    from tuning.tune_adapters import Reporter, Search, Stop, trial_name
 
-    search = Search(source)
+    storage = folder / "tune"
     tuner = tune.Tuner(
         tune.with_resources(TrainingTrial, resources(parallel, gpu)),
-        tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            search_alg=Search(source),
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+        ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
             stop=Stop(stop),
-            callbacks=[Reporter(search)],
+            callbacks=[Reporter(source)],
             failure_config=tune.FailureConfig(max_failures=_RESTARTS),
             # The end of a trial is not its: see TrainingTrial.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
@@ -68,3 +76,5 @@ def run_trials(
         ),
     )
     tuner.fit()
+    # Nothing in it that anybody needs: trials keep their state in their runs' folders, and the source keeps its own.
+    shutil.rmtree(storage, ignore_errors=True)

@@ -15,28 +15,30 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 
+_NAME = "name"
+
+
+def trial_name(trial: "Trial") -> str:
+    """The source's name of Tune's trial."""
+    return str(trial.config[_NAME])
+
+
 class Search(Searcher):  # type: ignore[misc]
     """Asks the source whenever Tune has room for a trial."""
 
     def __init__(self, source: TrialSource) -> None:
         super().__init__()
-        self.source = source
-        self._names: dict[str, str] = {}
+        self._source = source
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial's config, None to be asked again later, or that there are no more."""
-        match self.source.next():
+        match self._source.next():
             case "end":
                 return Searcher.FINISHED
             case "wait":
                 return None
             case name, job:
-                self._names[trial_id] = name
-                return {JOB: job}
-
-    def name(self, trial: "Trial") -> str:
-        """The source's name of Tune's trial."""
-        return self._names[trial.trial_id]
+                return {_NAME: name, JOB: job}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing: `Reporter` hears of it."""
@@ -55,23 +57,23 @@ class Search(Searcher):  # type: ignore[misc]
 class Reporter(tune.Callback):  # type: ignore[misc]
     """Tells the source what became of its trials."""
 
-    def __init__(self, search: Search) -> None:
-        self._search = search
+    def __init__(self, source: TrialSource) -> None:
+        self._source = source
 
     def on_trial_start(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial has its actors."""
-        self._search.source.started(self._search.name(trial))
+        self._source.started(trial_name(trial))
 
     def on_trial_complete(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial has ended by itself, or Tune ended it because all were to stop."""
         result = trial.last_result
         if (outcome := result.get("outcome")) is not None:
-            self._search.source.ended(self._search.name(trial), Ending(outcome, result["step"], result["reason"]))
+            self._source.ended(trial_name(trial), Ending(outcome, result["step"], result["reason"]))
 
     def on_trial_error(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial failed more often than it may be restarted."""
         error = trial.get_error()
-        self._search.source.failed(self._search.name(trial), first_line(error) if error else "its actors died")
+        self._source.failed(trial_name(trial), first_line(error) if error else "its actors died")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -34,4 +34,4 @@ def results(config: StudyConfig, seeds: int, measured: Measured) -> Results:
 def verdict(name: str, says: Verdict, *sentences: str, reason: str = "") -> ClaimVerdict:
     condition = {"left": {"arm": "a", "measure": "val_loss"}, "relation": "below", "right": 9.0}
     claim = Claim.model_validate({"name": name, "says": f"the claim {name}", "conditions": [condition]})
-    return ClaimVerdict(claim, says, [ConditionVerdict(says, sentence) for sentence in sentences], reason)
+    return ClaimVerdict(claim, says, tuple(ConditionVerdict(says, sentence) for sentence in sentences), reason)
