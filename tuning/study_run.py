@@ -3,19 +3,18 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pipelines.delivery import Drainer
 from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
-from pipelines.home import home
+from pipelines.home import studies_dir
 from pipelines.loading import dump_config
-from pipelines.run_folder import RunFolder, RunInfo, find_folder, read_json, write_json, write_whole
+from pipelines.run_folder import RunFolder, RunInfo, find_folder, read_json, study_folders, write_json, write_whole
 from pipelines.run_lock import RunBusyError, RunLock
 from pipelines.tracking import FINISH_TIMEOUT_S
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
@@ -36,17 +35,6 @@ class TrialRecord:
     seconds: float
     max_norm: float | None = None
     """The limit of an arm that was tuned to another's clip rate."""
-
-
-def studies_dir() -> Path:
-    """One folder per study, named by its MLflow run id."""
-    return home() / "studies"
-
-
-def study_folders() -> Iterator[RunFolder]:
-    """All studies, in no particular order."""
-    for info in studies_dir().glob("*/run.json"):
-        yield RunFolder(info.parent)
 
 
 def find_study(study: str) -> RunFolder:
@@ -123,7 +111,8 @@ class StudyRun:
         """A trial is done."""
         content = {**asdict(trial), "key": asdict(trial.key)}
         with (self.folder.path / _TRIALS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
+            # A line end before it, too: a kill may have cut the last line short.
+            file.write("\n" + json.dumps(content) + "\n")
 
     @property
     def minutes(self) -> float:
@@ -152,13 +141,19 @@ _EFFORT = "effort.json"
 
 
 def read_trials(folder: RunFolder) -> list[TrialRecord]:
-    """The trials of a study that are done, as they ended; a last line that a kill cut short is passed over."""
+    """The trials of a study that are done, as they ended; a line that a kill cut short is passed over."""
     try:
-        lines = (folder.path / _TRIALS).read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (folder.path / _TRIALS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    contents = [json.loads(line) for line in lines if line.endswith("}\n")]
-    return [TrialRecord(**{**content, "key": TrialKey(**content["key"])}) for content in contents]
+    trials = []
+    for line in lines:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        trials.append(TrialRecord(**{**content, "key": TrialKey(**content["key"])}))
+    return trials
 
 
 def end_orphaned_studies(store: TrackingStore) -> None:

@@ -13,8 +13,9 @@ from pipelines.config import RunConfig
 from pipelines.description import Status
 from pipelines.errors import UserError
 from pipelines.home import runs_dir
+from pipelines.loading import dump_config
 from pipelines.outcome import Ending
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, write_whole
 from pipelines.shards import Shards
 from pipelines.text import dataset_info, fit_to_text
 from pipelines.tracking import Tracker, TrialPlace
@@ -43,6 +44,7 @@ class _Running:
     max_norm: float | None
     started: float = 0.0
     tracker: Tracker | None = None
+    failure: str | None = None
 
 
 class StudyTrials:
@@ -99,15 +101,16 @@ class StudyTrials:
         self._blocks.started(trial.key)
         if not trial.started:
             trial.started = time.monotonic()
+            # Not left to the run in MLflow, which there may be none of: the study's end reads it.
+            write_whole(trial.folder.config, dump_config(trial.config))
             self._mlflow.submit(self._open, trial)
 
     def ended(self, name: str, ending: Ending) -> None:
         """A trial has come to its own end."""
-        trial = self._running.pop(name)
         if ending.outcome not in _STATUS:
-            self._running[name] = trial
-            self._fail(UserError(f"trial {name}: {ending.reason}"))
+            self._fail(name, str(ending.reason), UserError(f"trial {name}: {ending.reason}"))
             return
+        trial = self._running.pop(name)
         seconds = time.monotonic() - trial.started
         result = TrialResult(trial.key, measure_trial(trial.folder, trial.config))
         record = TrialRecord(trial.key, str(trial.folder.path), ending.outcome, round(seconds, 2), trial.max_norm)
@@ -119,16 +122,18 @@ class StudyTrials:
 
     def failed(self, name: str, reason: str) -> None:
         """A trial's actors failed for good."""
-        self._fail(RuntimeError(f"trial {name} failed: {reason}"))
+        self._fail(name, reason, RuntimeError(f"trial {name} failed: {reason}"))
 
     def close(self) -> None:
         """Tell MLflow of the trials that were left where they were, and wait until it knows everything."""
         for trial in self._running.values():
             if trial.started:
-                self._mlflow.submit(self._end, trial, "KILLED", "the study ended early")
+                status: Status = "FAILED" if trial.failure else "KILLED"
+                self._mlflow.submit(self._end, trial, status, trial.failure or "the study ended early")
         self._mlflow.shutdown(wait=True)
 
-    def _fail(self, failure: Exception) -> None:
+    def _fail(self, name: str, reason: str, failure: Exception) -> None:
+        self._running[name].failure = reason
         self.failure = self.failure or failure
         self._stop.set()
 
