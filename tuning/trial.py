@@ -65,6 +65,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
         """Start the ranks."""
         self._rank = TrialRank(0)
         self._peers: list[Any] = []
+        self._stride = 1
         parallel = RunConfig.model_validate(config[JOB]["config"]).parallel
         if parallel.workers > 1:
             self._gather(parallel)
