@@ -24,8 +24,8 @@ from tests.moe.tiny import tiny_config
 # 5.4e-3). Norms on small outputs and heads raise what the rounding of those outputs leaves.
 BF16 = Tolerance(figures=2e-2, gradients=2e-1, weights=8e-3)
 
-# With all norms at once some gradients are small differences of large terms: one process in two micro-batches differs by
-# 1.2e-5 from itself already, replicas without expert parallelism by 4.1e-5, two expert parallel ranks by 3.9e-5.
+# With all norms at once some gradients are small differences of large terms: one process in two micro-batches differs
+# from itself by 1.2e-5 already, replicas without expert parallelism by 4.1e-5, two expert parallel ranks by 3.9e-5.
 CANCELLED = replace(FP32, gradients=1e-4)
 
 MHA = {"kind": "mha", "num_heads": 2, "head_dim": 8}
