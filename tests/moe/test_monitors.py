@@ -230,6 +230,7 @@ def test_a_step_that_is_not_finite_is_measured_and_shows_the_layer() -> None:
     trainer = tiny_trainer(tiny_config({"monitors": {"every_steps": 100}}))
     healthy = trainer.step()
     last = trainer.model.layers[-1]
+    assert isinstance(last, Block)
     with torch.no_grad():
         next(last.attention.parameters())[0, 0] = math.inf
     spoilt = trainer.step()
