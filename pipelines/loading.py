@@ -58,12 +58,8 @@ def load_config(
     for name, layer_tree in (trees or {}).items():
         _stack(tree, copy.deepcopy(layer_tree))
         origins |= dict.fromkeys(_paths(layer_tree, ()), name)
-    chosen: Tree = {}
-    for setting in settings:
-        path, value = parse_setting(setting)
-        _overlay(chosen, nested(path, value))
-        above = (path[:depth] for depth in range(1, len(path)))
-        origins |= dict.fromkeys((*above, *_paths(value, path)), "--set")
+    chosen = settings_tree(settings)
+    origins |= dict.fromkeys(_paths(chosen, ()), "--set")
     _stack(tree, chosen)
     if weights is not None:
         _overlay(wishes, chosen)
@@ -95,6 +91,15 @@ def preset_names(folder: Path = PRESETS) -> list[str]:
     """All presets, as the command line takes them; those in a folder after the others."""
     names = [found.relative_to(folder).with_suffix("").as_posix() for found in folder.rglob(f"*{FILE_SUFFIX}")]
     return sorted(names, key=lambda name: ("/" in name, name))
+
+
+def settings_tree(settings: Sequence[str]) -> Tree:
+    """The layer that ``key=value`` settings make together. UserError as `parse_setting`."""
+    tree: Tree = {}
+    for setting in settings:
+        path, value = parse_setting(setting)
+        _overlay(tree, nested(path, value))
+    return tree
 
 
 def parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:

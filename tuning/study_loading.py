@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.loading import PRESETS, load_config, nested, parse_setting, preset_names, read_document
+from pipelines.loading import PRESETS, load_config, nested, preset_names, read_document, settings_tree
 from pipelines.problems import explain
 from tuning.results import TrialKey
 from tuning.study_config import StudyConfig, Tree
@@ -71,9 +71,7 @@ def trial_config(study: StudyConfig, key: TrialKey, max_norm: float | None = Non
     """
     arm = study.arms[key.arm]
     trees: dict[str, Tree] = {"config": study.config}
-    for setting in study.settings:
-        path, value = parse_setting(setting)
-        trees[f"--set {'.'.join(path)}"] = nested(path, value)
+    trees["--set"] = settings_tree(study.settings)
     for preset in arm.base:
         name, document = read_document(preset, PRESETS, "preset")
         trees[name] = document.tree

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,9 +13,8 @@ from pipelines.config import RunConfig
 from pipelines.description import Status
 from pipelines.errors import UserError
 from pipelines.home import runs_dir
-from pipelines.loading import dump_config
 from pipelines.outcome import Ending
-from pipelines.run_folder import RunFolder, write_whole
+from pipelines.run_folder import RunFolder
 from pipelines.shards import Shards
 from pipelines.text import dataset_info, fit_to_text
 from pipelines.tracking import Tracker, TrialPlace
@@ -44,7 +43,6 @@ class _Running:
     max_norm: float | None
     started: float = 0.0
     tracker: Tracker | None = None
-    failure: str | None = None
 
 
 class StudyTrials:
@@ -76,6 +74,7 @@ class StudyTrials:
         self._running: dict[str, _Running] = {}
         self._colours = {arm: run_colour(number) for number, arm in enumerate(study.arms)}
         self._mlflow = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._told: list[Future[None]] = []
         self.failure: Exception | None = None
         """Why the study cannot go on: a UserError if the config is the reason."""
         self.untold: list[str] = []
@@ -101,39 +100,42 @@ class StudyTrials:
         self._blocks.started(trial.key)
         if not trial.started:
             trial.started = time.monotonic()
-            # Not left to the run in MLflow, which there may be none of: the study's end reads it.
-            write_whole(trial.folder.config, dump_config(trial.config))
-            self._mlflow.submit(self._open, trial)
+            self._tell(self._open, trial)
 
     def ended(self, name: str, ending: Ending) -> None:
         """A trial has come to its own end."""
-        if ending.outcome not in _STATUS:
-            self._fail(name, str(ending.reason), UserError(f"trial {name}: {ending.reason}"))
-            return
         trial = self._running.pop(name)
+        if ending.outcome not in _STATUS:
+            self._fail(trial, UserError(f"trial {name}: {ending.reason}"))
+            return
         seconds = time.monotonic() - trial.started
         result = TrialResult(trial.key, measure_trial(trial.folder, trial.config))
         record = TrialRecord(trial.key, str(trial.folder.path), ending.outcome, round(seconds, 2), trial.max_norm)
         self._run.record(record)
         self._records[trial.key] = record
         self._blocks.ended(trial.key)
-        self._mlflow.submit(self._close, trial, result, ending)
+        self._tell(self._close, trial, result, ending)
         self._on_end(result, seconds)
 
     def failed(self, name: str, reason: str) -> None:
         """A trial's actors failed for good."""
-        self._fail(name, reason, RuntimeError(f"trial {name} failed: {reason}"))
+        self._fail(self._running.pop(name), RuntimeError(f"trial {name} failed: {reason}"))
 
     def close(self) -> None:
         """Tell MLflow of the trials that were left where they were, and wait until it knows everything."""
         for trial in self._running.values():
             if trial.started:
-                status: Status = "FAILED" if trial.failure else "KILLED"
-                self._mlflow.submit(self._end, trial, status, trial.failure or "the study ended early")
+                self._tell(self._end, trial, "KILLED", "the study ended early")
         self._mlflow.shutdown(wait=True)
+        for told in self._told:
+            told.result()
 
-    def _fail(self, name: str, reason: str, failure: Exception) -> None:
-        self._running[name].failure = reason
+    def _tell(self, action: Callable[..., None], *arguments: object) -> None:
+        self._told.append(self._mlflow.submit(action, *arguments))
+
+    def _fail(self, trial: _Running, failure: Exception) -> None:
+        """No other trial could do better, or nothing is right with the machine."""
+        self._tell(self._end, trial, "FAILED", str(failure))
         self.failure = self.failure or failure
         self._stop.set()
 
@@ -153,6 +155,7 @@ class StudyTrials:
             "role": "study",
             "arm": key.arm,
             "study": self._run.info.name,
+            "arm_of_study": f"{key.arm} · {self._run.info.name}",
             "mlflow.runColor": self._colours[key.arm],
         }
         try:

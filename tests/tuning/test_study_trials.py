@@ -54,10 +54,10 @@ def _study(**arm_b: object) -> StudyConfig:
 def _begun(study: StudyConfig, store: TrackingStore) -> Iterator[tuple[StudyTrials, StudyRun, threading.Event]]:
     """A study's trials before the first one, and its run; both are ended afterwards."""
     stop = threading.Event()
-    run = StudyRun.start(study, store, "tiny", "test")
+    run = StudyRun.start(study, store, "tiny", "test", "digest")
     shards = prepare(trial_configs(study)[0].data)
     with run:
-        trials = StudyTrials(study, run, Blocks(study, 1), shards, store, stop, lambda result, seconds: None)
+        trials = StudyTrials(study, run, Blocks(study, 1, 1.0), shards, store, stop, lambda result, seconds: None)
         try:
             yield trials, run, stop
         finally:
@@ -119,7 +119,7 @@ def test_a_trial_that_nobody_began_leaves_nothing(store: TrackingStore) -> None:
 
 def test_a_record_that_a_kill_cut_short_costs_that_trial_alone(store: TrackingStore) -> None:
     records = [TrialRecord(TrialKey(seed, "a"), f"/runs/{seed}", "finished", 1.5) for seed in range(3)]
-    with StudyRun.start(_study(), store, "tiny", "test") as run:
+    with StudyRun.start(_study(), store, "tiny", "test", "digest") as run:
         run.record(records[0])
         run.record(records[1])
         file = run.folder.path / "trials.jsonl"
