@@ -27,11 +27,13 @@ CLAIM = {
 }
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingStore:
-    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return open_store(local_database())
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
+    """A STEADYMOE_HOME with its database for all tests here; making one takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEADYMOE_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield open_store(local_database())
 
 
 def _study(**arm_b: object) -> StudyConfig:
@@ -54,7 +56,7 @@ def _study(**arm_b: object) -> StudyConfig:
 def _begun(study: StudyConfig, store: TrackingStore) -> Iterator[tuple[StudyTrials, StudyRun, threading.Event]]:
     """A study's trials before the first one, and its run; both are ended afterwards."""
     stop = threading.Event()
-    run = StudyRun.start(study, store, "tiny", "test", "digest")
+    run = StudyRun.start(study, store, "tiny", "steadymoe", "digest")
     shards = prepare(trial_configs(study)[0].data)
     with run:
         trials = StudyTrials(study, run, Blocks(study, 1, 1.0), shards, store, stop, lambda result, seconds: None)
@@ -119,7 +121,7 @@ def test_a_trial_that_nobody_began_leaves_nothing(store: TrackingStore) -> None:
 
 def test_a_record_that_a_kill_cut_short_costs_that_trial_alone(store: TrackingStore) -> None:
     records = [TrialRecord(TrialKey(seed, "a"), f"/runs/{seed}", "finished", 1.5) for seed in range(3)]
-    with StudyRun.start(_study(), store, "tiny", "test", "digest") as run:
+    with StudyRun.start(_study(), store, "tiny", "steadymoe", "digest") as run:
         run.record(records[0])
         run.record(records[1])
         file = run.folder.path / "trials.jsonl"
