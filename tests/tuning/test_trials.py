@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def actors(title: str = "") -> dict[int, psutil.Process]:
-    """Processes of rank 0 (titled Trainable) and of its peers, by their ids."""
+    """Processes of rank 0 (titled TrainingTrial, or ResourceTrainable while it works) and of its peers, by their ids."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
@@ -56,7 +56,7 @@ def actors(title: str = "") -> dict[int, psutil.Process]:
             alive = process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             continue
-        if alive and words.startswith("ray::") and ("Trainable" in words or "Peer" in words) and title in words:
+        if alive and words.startswith("ray::") and ("Train" in words or "Peer" in words) and title in words:
             found[process.pid] = process
     return found
 
@@ -162,7 +162,7 @@ def test_trials_on_two_ranks_survive_kills_and_a_divergence_bit_for_bit(folder: 
     )
 
     def kill_midway() -> None:
-        victims = {"peer-killed": "Peer", "rank-0-killed": "Trainable"}
+        victims = {"peer-killed": "Peer", "rank-0-killed": "Train"}
         # In either order: a trial that is restarted may have to wait for others.
         while victims:
             wait_until(lambda: any(_is_midway(here / name) for name in victims), 400)
