@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def actors(title: str = "") -> dict[int, psutil.Process]:
-    """Processes of rank 0 (titled TrainingTrial, or ResourceTrainable while it works) and of its peers, by their ids."""
+    """Processes of rank 0 (titled TrainingTrial, at work ResourceTrainable) and of its peers, by their ids."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
