@@ -24,6 +24,8 @@ PRESETS = Path(__file__).parent / "presets"
 FILE_SUFFIX = ".yaml"
 _PLURALS = {"preset": "Presets", "study": "Studies"}
 MODEL = "model"
+SETTINGS = "--set"
+"""What messages call the layer of settings."""
 
 Tree = dict[str, Any]
 
@@ -55,16 +57,10 @@ def load_config(
         if layer.endswith(FILE_SUFFIX):
             _overlay(wishes, document.tree)
         origins |= {path: f"{name}, line {line}" for path, line in document.lines.items()}
-    for name, layer_tree in (trees or {}).items():
+    chosen = settings_tree(settings)
+    for name, layer_tree in [*(trees or {}).items(), (SETTINGS, chosen)]:
         _stack(tree, copy.deepcopy(layer_tree))
         origins |= dict.fromkeys(_paths(layer_tree, ()), name)
-    chosen: Tree = {}
-    for setting in settings:
-        path, value = parse_setting(setting)
-        _overlay(chosen, nested(path, value))
-        above = (path[:depth] for depth in range(1, len(path)))
-        origins |= dict.fromkeys((*above, *_paths(value, path)), "--set")
-    _stack(tree, chosen)
     if weights is not None:
         _overlay(wishes, chosen)
         _take_model(tree, wishes, weights, origins)
@@ -113,6 +109,18 @@ def parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:
         raise UserError(
             f"{error}; quote text with special characters, for example --set '{key.strip()}=\"...\"'"
         ) from None
+
+
+def settings_tree(settings: Sequence[str]) -> Tree:
+    """What settings say together; of two of the same key the later one counts.
+
+    Raises:
+        UserError: as `parse_setting`.
+    """
+    tree: Tree = {}
+    for setting in settings:
+        _overlay(tree, nested(*parse_setting(setting)))
+    return tree
 
 
 def read_document(name: str, folder: Path, what: str) -> tuple[str, Document]:

@@ -188,7 +188,7 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         ("parallel.workers=3", "data.global_batch_size (16) is not divisible by parallel.workers (3)"),
         ("schedule.warmup_steps=201", "schedule: warmup_steps (201) is larger than steps (200)"),
         # items of a list
-        ("faults={kind: corrupted_batches}", "faults: should be a valid list, got a mapping"),
+        ("faults={kind: corrupted_batches}", "faults: should be a list, got a mapping"),
         ("faults=[corrupted_batches]", "faults.0: should be a mapping of keys, got the text 'corrupted_batches'"),
         ("faults=[{kind: corrupted_batch, share: 1}]", "faults.0.kind: should be 'corrupted_batches', got the text"),
         ("faults=[{kind: corrupted_batches}]", "faults.0.share: is required here"),
