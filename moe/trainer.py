@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from moe.batch import Batch, BatchSource
+from moe.config.schedule import StagedSchedule
 from moe.config.trainer import TrainerConfig
 from moe.fsdp import release_gathered, shard_dense_parameters, sync_gradients
 from moe.init import initialise
@@ -117,12 +118,21 @@ class Trainer:
         if finite:
             metrics |= self._update(norms, load, moment)
         self.steps_done += 1
-        health, every = None, self.config.monitors.every_steps
-        if every and self.steps_done % every == 0:
+        health = None
+        if self._is_time_to_measure(moment, finite):
             health = measure(self.model, micro_batches[0], self.ranks)
             metrics |= health.headline()
         layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
         return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, health)
+
+    def _is_time_to_measure(self, moment: Moment, finite: bool) -> bool:
+        """At intervals, and at events: a stage begins, or something is not finite and one wants to know where."""
+        every = self.config.monitors.every_steps
+        if not every:
+            return False
+        staged = isinstance(self.config.schedule, StagedSchedule) and moment.step > 0
+        stage_begins = staged and self.timeline.at(moment.step - 1).stage != moment.stage
+        return self.steps_done % every == 0 or stage_begins or not finite
 
     def check_start(self) -> None:
         """Compare the weights just drawn with ``model.init``, if that says so. Collective; every rank ends alike.

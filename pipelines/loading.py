@@ -93,6 +93,15 @@ def preset_names(folder: Path = PRESETS) -> list[str]:
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
+def settings_tree(settings: Sequence[str]) -> Tree:
+    """The layer that ``key=value`` settings make together. UserError as `parse_setting`."""
+    tree: Tree = {}
+    for setting in settings:
+        path, value = parse_setting(setting)
+        _overlay(tree, nested(path, value))
+    return tree
+
+
 def parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:
     """Read ``a.b.c=value`` into its path and its value, which is YAML.
 
@@ -109,18 +118,6 @@ def parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:
         raise UserError(
             f"{error}; quote text with special characters, for example --set '{key.strip()}=\"...\"'"
         ) from None
-
-
-def settings_tree(settings: Sequence[str]) -> Tree:
-    """What settings say together; of two of the same key the later one counts.
-
-    Raises:
-        UserError: as `parse_setting`.
-    """
-    tree: Tree = {}
-    for setting in settings:
-        _overlay(tree, nested(*parse_setting(setting)))
-    return tree
 
 
 def read_document(name: str, folder: Path, what: str) -> tuple[str, Document]:

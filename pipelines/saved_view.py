@@ -88,6 +88,8 @@ class View:
     """Column to sort by. With the UI's own name of the time (``attributes.start_time``), children would be folded under
     their parents, and a folded run is on no chart; MLflow's other name of it gives a flat list."""
     ascending: bool = False
+    group_tag: str | None = None
+    """Charts show the mean of the runs that have the same in this tag, and the list has them under one heading."""
 
     @property
     def tag(self) -> str:
@@ -130,7 +132,7 @@ class View:
                     "isGenerated": False,
                 }
                 charts.append(common | chart.to_state())
-        return {
+        state = {
             "searchFilter": self.search,
             "orderByKey": _quoted(self.order_by),
             "orderByAsc": self.ascending,
@@ -142,6 +144,13 @@ class View:
             # Otherwise the UI sorts the sections by name, and puts its own between them.
             "isAccordionReordered": True,
         }
+        if self.group_tag is not None:
+            key = {"mode": "tag", "groupByData": self.group_tag}
+            state |= {
+                "groupBy": {"aggregateFunction": "average", "groupByKeys": [key]},
+                "useGroupedValuesInCharts": True,
+            }
+        return state
 
     def to_tag(self, created_ms: int, updated_ms: int) -> str:
         """The tag's value."""

@@ -173,6 +173,7 @@ STUDIES = View(
         "attributes.Description",
     ),
     search="tags.role = 'study'",
+    group_tag="arm_of_study",
 )
 
 VIEWS = (TRAINING, ROUTING, HEALTH, STUDIES)

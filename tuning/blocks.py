@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import Literal
 
 from tuning.results import TrialKey
@@ -19,6 +20,7 @@ class Blocks:
         self,
         config: StudyConfig,
         slots: int,
+        seconds_per_trial: float,
         done: Iterable[TrialKey] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -26,6 +28,7 @@ class Blocks:
         Args:
             config: the study.
             slots: trials that run at a time.
+            seconds_per_trial: an estimate, for as long as none has ended.
             done: trials that need not run, being finished already.
             clock: seconds; the budget runs from now on.
         """
@@ -35,17 +38,13 @@ class Blocks:
         self._began = clock()
         self._done = set(done)
         self._running: dict[TrialKey, float] = {}
+        self._estimate = seconds_per_trial
         self._durations: list[float] = []
-        first = config.first_seed
-        self._blocks = [_block(config, seed) for seed in range(first, first + config.blocks)]
+        self._blocks = blocks_of(config)
         self._waiting: list[TrialKey] = []
+        self._new = 0
         self.begun = 0
         """Blocks that are whole, or will be when what runs and waits has ended."""
-
-    @property
-    def are_done(self) -> bool:
-        """Whether every trial of every block has its result."""
-        return all(key in self._done for block in self._blocks for key in block)
 
     def next(self) -> TrialKey | Literal["wait", "end"]:
         """A trial to run now; ``wait`` while the next one needs another's result, ``end`` if there is none any more."""
@@ -53,8 +52,9 @@ class Blocks:
             if self.begun == len(self._blocks):
                 return "end"
             block = [key for key in self._blocks[self.begun] if key not in self._done]
-            if block and self._durations and not self._fits(len(block)):
+            if block and self._new and not self._fits(len(block)):
                 return "end"
+            self._new += bool(block)
             self.begun += 1
             self._waiting = block
         for index, key in enumerate(self._waiting):
@@ -74,9 +74,9 @@ class Blocks:
         self._running[key] = self._clock()
 
     @property
-    def seconds_left(self) -> float | None:
-        """Of what has been begun, at the pace so far; None before any trial has ended."""
-        return self._seconds(len(self._running) + len(self._waiting)) if self._durations else None
+    def seconds_left(self) -> float:
+        """Of what has been begun, at the pace so far."""
+        return self._seconds(self.left)
 
     @property
     def left(self) -> int:
@@ -88,12 +88,18 @@ class Blocks:
         return elapsed + self._seconds(self.left + trials) <= 60 * self._config.budget_minutes
 
     def _seconds(self, trials: int) -> float:
-        return trials * sum(self._durations) / len(self._durations) / self._slots
+        per_trial = fmean(self._durations) if self._durations else self._estimate
+        return trials * per_trial / self._slots
 
     def _needed(self, key: TrialKey) -> TrialKey | None:
         """The trial whose result this one's config depends on."""
         other = self._config.arms[key.arm].clip_rate_of
         return TrialKey(key.seed, other, key.point) if other is not None else None
+
+
+def blocks_of(config: StudyConfig) -> list[list[TrialKey]]:
+    """All trials of a study if nothing ends it before, block by block."""
+    return [_block(config, seed) for seed in range(config.first_seed, config.first_seed + config.blocks)]
 
 
 def _block(config: StudyConfig, seed: int) -> list[TrialKey]:

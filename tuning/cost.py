@@ -23,8 +23,15 @@ class Cost:
     trials: int
     steps: int
     tokens: int
+    slots: int
+    """Trials at a time."""
     seconds: float
-    """An estimate, with as many trials at a time as there is room for."""
+    """Of the whole block, an estimate."""
+
+    @property
+    def seconds_per_trial(self) -> float:
+        """On the mean, an estimate."""
+        return self.seconds * self.slots / self.trials
 
 
 def block_cost(configs: list[RunConfig], shards: Shards, slots: int) -> Cost:
@@ -32,7 +39,7 @@ def block_cost(configs: list[RunConfig], shards: Shards, slots: int) -> Cost:
     steps = [config.steps for config in configs]
     tokens = [_tokens(config) for config in configs]
     per_token = _seconds_per_step(configs[0], shards) / (tokens[0] / steps[0])
-    return Cost(len(configs), sum(steps), sum(tokens), sum(tokens) * per_token / slots)
+    return Cost(len(configs), sum(steps), sum(tokens), slots, sum(tokens) * per_token / slots)
 
 
 def _tokens(config: RunConfig) -> int:

@@ -9,7 +9,6 @@ from rich.table import Table
 from pipelines.config import RunConfig
 from pipelines.environment import cpu_name
 from pipelines.faults import corrupted_steps
-from pipelines.loading import load_config
 from pipelines.run_folder import RunFolder, write_json, write_whole
 from tuning.measures import measure
 from tuning.recording import read_series
@@ -17,6 +16,7 @@ from tuning.report import Effort, replace_section, write_report
 from tuning.results import Results, TrialResult
 from tuning.study_config import StudyConfig
 from tuning.study_figure import draw_study
+from tuning.study_loading import trial_config
 from tuning.study_run import StudyRun
 from tuning.verdict import ClaimVerdict, judge
 
@@ -66,8 +66,8 @@ def conclude(study: StudyConfig, run: StudyRun, config: RunConfig) -> Outcome:
     """Judge what there is, and leave report, picture and figures where the run's end brings them to MLflow."""
     trials = []
     for record in run.trials:
-        folder = RunFolder(Path(record.folder))
-        trials.append(TrialResult(record.key, measure_trial(folder, load_config([str(folder.config)]))))
+        trial = trial_config(study, record.key, record.max_norm)
+        trials.append(TrialResult(record.key, measure_trial(RunFolder(Path(record.folder)), trial)))
     results = Results(trials, study.arms, study.points())
     verdicts = judge(study, results)
     tokens = config.steps * config.data.global_batch_size * config.data.sequence_length

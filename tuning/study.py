@@ -1,22 +1,26 @@
 """``steadymoe study``: the arms of a claim over paired seeds, as trials on Ray Tune under one MLflow parent."""
 
+import hashlib
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from pipelines.command_line import EXIT_DONE, EXIT_INTERRUPTED, run_command
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, TrackingConfig
 from pipelines.home import refuse_unwritable_home
 from pipelines.interrupts import Interrupts
 from pipelines.job import run_in_job
+from pipelines.loading import dump_config
 from pipelines.orphans import end_orphans_in_background
 from pipelines.progress import clock
 from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_at_a_time, uses_gpu, worker_environment
+from pipelines.run_folder import RunFolder
 from pipelines.shards import Shards
 from pipelines.summary import print_links
 from pipelines.text import fit_to_text, prepare_shown
@@ -24,13 +28,13 @@ from pipelines.tracking_store import TrackingStore, open_store_in_background, tr
 from pipelines.views import STUDIES
 from tuning import commands
 from tuning.arguments import StudyArguments
-from tuning.blocks import Blocks
+from tuning.blocks import Blocks, blocks_of
 from tuning.cost import Cost, block_cost
 from tuning.outcome import Outcome, conclude
 from tuning.study_config import StudyConfig
 from tuning.study_loading import load_study, trial_configs
 from tuning.study_progress import StudyProgress
-from tuning.study_run import StudyRun, end_orphaned_studies, find_study
+from tuning.study_run import StudyRun, end_orphaned_studies, find_study, read_trials
 from tuning.study_trials import StudyTrials
 from tuning.trials import run_trials
 
@@ -50,25 +54,44 @@ def run(arguments: StudyArguments) -> int:
     refuse_impossible_cluster(configs[0])
     shards = prepare_shown(configs[0].data, console)
     configs = [fit_to_text(config, shards) for config in configs]
+    done = [trial.key for trial in read_trials(resumed)] if resumed else []
     opening = open_store_in_background(tracking_uri(configs[0].tracking, resumed.info if resumed else None))
-    _print(console, f"{study.title}: {' '.join(study.question.split())}\nstarting Ray ...")
-    with ray_session(configs[0], worker_environment(configs[0])), Interrupts() as interrupts:
+    _print(console, f"{study.title}: {' '.join(study.question.split())}")
+    with ExitStack() as stack:
+        interrupts, cost = None, None
+        if not all(key in done for block in blocks_of(study) for key in block):
+            _print(console, "starting Ray ...")
+            stack.enter_context(ray_session(configs[0], worker_environment(configs[0])))
+            interrupts = stack.enter_context(Interrupts())
+            cost = block_cost(configs, shards, runs_at_a_time(configs[0]))
+            _print(console, _in_words(study, cost))
         store = opening.result()
         end_orphaned_studies(store)
         end_orphans_in_background(store)
-        slots = runs_at_a_time(configs[0])
-        _print(console, _in_words(study, block_cost(configs, shards, slots), slots))
-        if resumed:
-            study_run = StudyRun.reopen(study, store, resumed)
-        else:
-            study_run = StudyRun.start(study, store, Path(arguments.study[0]).stem, configs[0].tracking.experiment)
+        study_run = _open(arguments, study, configs, store, resumed)
+        stopped = False
         with study_run:
-            setting = _Setting(study, study_run, shards, configs[0], store, slots)
-            stopped = _run(setting, interrupts, console)
+            if interrupts is not None and cost is not None:
+                stopped = _run(_Setting(study, study_run, shards, configs[0], store, cost), interrupts, console)
             outcome = conclude(study, study_run, configs[0])
             if stopped:
                 study_run.status = "KILLED"
     return _tell(arguments, study_run, outcome, stopped, console)
+
+
+def _open(
+    arguments: StudyArguments,
+    study: StudyConfig,
+    configs: list[RunConfig],
+    store: TrackingStore,
+    resumed: RunFolder | None,
+) -> StudyRun:
+    content = "\n".join(dump_config(config.model_copy(update={"tracking": TrackingConfig()})) for config in configs)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    if resumed is not None:
+        return StudyRun.reopen(study, store, resumed, digest)
+    name = Path(arguments.study[0]).stem
+    return StudyRun.start(study, store, name, configs[0].tracking.experiment, digest)
 
 
 @dataclass(frozen=True)
@@ -80,16 +103,14 @@ class _Setting:
     shards: Shards
     config: RunConfig
     store: TrackingStore
-    slots: int
+    cost: Cost
 
 
 def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
     """Run blocks as long as the budget goes; whether the user stopped it."""
-    study, study_run = setting.study, setting.run
+    study, study_run, cost = setting.study, setting.run, setting.cost
     stop, asked = threading.Event(), False
-    blocks = Blocks(study, setting.slots, done=[trial.key for trial in study_run.trials])
-    if blocks.are_done:
-        return False
+    blocks = Blocks(study, cost.slots, cost.seconds_per_trial, done=[trial.key for trial in study_run.trials])
     with StudyProgress(study, blocks, console) as progress:
         trials = StudyTrials(study, study_run, blocks, setting.shards, setting.store, stop, progress.trial_ended)
 
@@ -102,11 +123,17 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
 
         def work() -> None:
             parallel = setting.config.parallel
-            run_trials(trials, parallel, uses_gpu(setting.config), setting.slots, study_run.folder.path, stop)
+            run_trials(trials, parallel, uses_gpu(setting.config), cost.slots, study_run.folder.path, stop)
 
         started = time.monotonic()
         try:
             interrupts.wait(work, ask)
+        except KeyboardInterrupt:
+            import ray
+
+            # The trials with it: nothing must be written any more when their runs are ended.
+            ray.shutdown()
+            raise
         finally:
             trials.close()
             study_run.add_minutes((time.monotonic() - started) / 60)
@@ -117,12 +144,11 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
     return asked
 
 
-def _in_words(study: StudyConfig, cost: Cost, slots: int) -> str:
-    per_block = clock(cost.seconds)
+def _in_words(study: StudyConfig, cost: Cost) -> str:
     blocks = max(1, min(study.blocks, int(60 * study.budget_minutes // cost.seconds)))
     return (
         f"a block is {cost.trials} trials, {cost.steps:,} steps and {cost.tokens / 1e6:.1f} M tokens in all, "
-        f"about {per_block} with {slots} at a time; "
+        f"about {clock(cost.seconds)} with {cost.slots} at a time; "
         f"the budget of {study.budget_minutes:g} minutes holds about {blocks} of at most {study.blocks} blocks"
     )
 

@@ -16,8 +16,8 @@ from tuning.measure_names import MeasureName
 
 Tree = dict[str, Any]
 
-# Arms name runs and folders.
-_ARM_NAME = re.compile(r"\w[\w.+-]*")
+# Arms name folders of runs.
+_ARM_NAME = re.compile(r"[^/.-][^/]*")
 
 
 class Arm(Config):
@@ -214,7 +214,7 @@ class StudyConfig(Config):
     def _arms_can_be_run(self) -> Self:
         for name, arm in self.arms.items():
             if not _ARM_NAME.fullmatch(name):
-                raise ValueError(f"arms.{name}: a name should be of letters, digits and _ . + -, for it names folders")
+                raise ValueError(f"arms.{name}: a name should have no / and begin with neither . nor -, for it names folders")
             other = arm.clip_rate_of
             if other is not None and (other not in self.arms or self.arms[other].clip_rate_of is not None):
                 raise ValueError(f"arms.{name}.clip_rate_of: should be an arm that is not tuned itself, not {other!r}")

@@ -34,7 +34,7 @@ class StudyProgress:
         left, total = self._blocks.seconds_left, self._ended + self._blocks.left
         shown = [(m, result.measures[m]) for m in self._study.shown if m in result.measures][:_FIGURES]
         figures = "  ".join(f"{measure} {value:.4g}" for measure, value in shown)
-        eta = f"about {clock(left)} left of {self._blocks.begun} block(s)" if left is not None else ""
+        eta = f"about {clock(left)} left of {self._blocks.begun} block(s)"
         self.say(f"[{self._ended}/{total}] {result.key.name:<24} {figures}  {seconds:.0f} s  {eta}")
         self._bar.update(
             self._task, completed=self._ended, total=total, description=f"{self._blocks.left} trials to go"

@@ -12,6 +12,7 @@ from typing import Any, Self
 from pipelines.delivery import Drainer
 from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
+from pipelines.errors import UserError
 from pipelines.home import home
 from pipelines.loading import dump_config
 from pipelines.run_folder import RunFolder, RunInfo, count_on, find_folder, read_json, write_json, write_whole
@@ -22,7 +23,7 @@ from tuning.results import TrialKey
 from tuning.study_config import StudyConfig
 
 _TRIALS = "trials.jsonl"
-_EFFORT = "effort.json"
+_PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class StudyRun:
         self._drainer = Drainer(store.client, folder, lock)
 
     @classmethod
-    def start(cls, config: StudyConfig, store: TrackingStore, name: str, experiment: str) -> Self:
-        """A new study. UserError if the store refuses."""
+    def start(cls, config: StudyConfig, store: TrackingStore, name: str, experiment: str, digest: str) -> Self:
+        """A new study; ``digest`` is that of its trials' configs. UserError if the store refuses."""
         from mlflow.entities import Param
 
         with store_errors(store.uri):
@@ -86,6 +87,7 @@ class StudyRun:
             created = datetime.now(UTC).isoformat(timespec="milliseconds")
             try:
                 write_whole(folder.config, dump_config(config))
+                write_json(folder.path / _PROGRESS, {"digest": digest, "minutes": 0.0})
                 lock = RunLock(folder)
                 folder.write_info(RunInfo(run.info.run_id, name, experiment, experiment_id, created, shown(store.uri)))
             except BaseException:
@@ -101,8 +103,17 @@ class StudyRun:
         return cls(config, store, folder, lock)
 
     @classmethod
-    def reopen(cls, config: StudyConfig, store: TrackingStore, folder: RunFolder) -> Self:
-        """A study that goes on. UserError if another process works on it, or the store does not know it."""
+    def reopen(cls, config: StudyConfig, store: TrackingStore, folder: RunFolder, digest: str) -> Self:
+        """A study that goes on.
+
+        Raises:
+            UserError: another process works on it, the store does not know it, or its trials would be others now.
+        """
+        if read_json(folder.path / _PROGRESS).get("digest") != digest:
+            raise UserError(
+                f"study {folder.info.name}: the presets or the text that it stands on are not what they were when it "
+                "was begun, so that its seeds would not be paired; start a new one"
+            )
         with store_errors(store.uri):
             lock = RunLock(folder)
             find_tracked_run(store, folder.info)
@@ -129,11 +140,12 @@ class StudyRun:
     @property
     def minutes(self) -> float:
         """How long trials have run so far, in all commands together."""
-        return float(read_json(self.folder.path / _EFFORT).get("minutes", 0.0))
+        return float(read_json(self.folder.path / _PROGRESS).get("minutes", 0.0))
 
     def add_minutes(self, minutes: float) -> None:
         """So long have trials run in this command."""
-        write_json(self.folder.path / _EFFORT, {"minutes": self.minutes + minutes})
+        known = read_json(self.folder.path / _PROGRESS)
+        write_json(self.folder.path / _PROGRESS, {**known, "minutes": self.minutes + minutes})
 
     def __enter__(self) -> Self:
         self._drainer.start()

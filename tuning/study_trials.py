@@ -148,6 +148,7 @@ class StudyTrials:
             "role": "study",
             "arm": key.arm,
             "study": self._run.info.name,
+            "arm_of_study": f"{key.arm} · {self._run.info.name}",
             "mlflow.runColor": self._colours[key.arm],
         }
         try:

@@ -218,6 +218,28 @@ def test_every_so_many_steps_are_measured() -> None:
     assert [r.step for r in taken[1] if "attention/logit_max" in r.metrics] == [3, 6]
 
 
+def test_the_first_step_of_a_stage_is_measured() -> None:
+    stages = {"schedule": {"kind": "stages", "stages": [{"steps": 3}, {"steps": 3, "lr": {"kind": "cosine"}}]}}
+    reports = {n: tiny_trainer(tiny_config({"monitors": {"every_steps": n}}, stages)) for n in (100, 0)}
+    taken = {n: [trainer.step() for _ in range(6)] for n, trainer in reports.items()}
+    assert [r.step for r in taken[100] if r.health] == [4]
+    assert [r.step for r in taken[0] if r.health] == []
+
+
+def test_a_step_that_is_not_finite_is_measured_and_shows_the_layer() -> None:
+    trainer = tiny_trainer(tiny_config({"monitors": {"every_steps": 100}}))
+    healthy = trainer.step()
+    last = trainer.model.layers[-1]
+    assert isinstance(last, Block)
+    with torch.no_grad():
+        next(last.attention.parameters())[0, 0] = math.inf
+    spoilt = trainer.step()
+    assert (healthy.health, spoilt.taken) == (None, False)
+    assert spoilt.health is not None
+    finite = [math.isfinite(rms) for rms in spoilt.health.residual_rms]
+    assert finite == [True] * (len(finite) - 1) + [False]
+
+
 def measured_share(rank: int, world: int, changes: list[dict[str, Any]]) -> Measurements:
     config = tiny_config(MTP, {"parallel": {"workers": world}}, *changes)
     trainer = tiny_trainer(config, (0,))

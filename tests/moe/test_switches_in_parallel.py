@@ -1,6 +1,7 @@
 """Norms, activations and starting weights: any division of the ranks trains the same model with each switch."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ from tests.moe.tiny import tiny_config
 # 5.4e-3). Norms on small outputs and heads raise what the rounding of those outputs leaves.
 BF16 = Tolerance(figures=2e-2, gradients=2e-1, weights=8e-3)
 
+# With all norms at once some gradients are small differences of large terms: one process in two micro-batches differs
+# from itself by 1.2e-5 already, replicas without expert parallelism by 4.1e-5, two expert parallel ranks by 3.9e-5.
+CANCELLED = replace(FP32, gradients=1e-4)
+
 MHA = {"kind": "mha", "num_heads": 2, "head_dim": 8}
 
 # Limits low enough that they act on a model this small.
@@ -36,6 +41,12 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "clamped": {"activation": {"kind": "swiglu_clamp", "limit": 0.3}},
     "smoothly bounded": {"activation": {"kind": "situ_glu", "gate_bound": 0.5, "up_bound": 0.8}},
     "small outputs, large embeddings": {"init": {"output_scale": "depth", "embedding_std": 1.0}},
+    "all at once": {
+        "norm_placement": "sandwich",
+        "attention": {"qk_norm": True},
+        "moe": {"output_norm": True},
+        "activation": {"kind": "swiglu_clamp", "limit": 0.3},
+    },
     "several": {
         "norm_placement": "reordered",
         "attention": {"scale_latents": True},
@@ -43,6 +54,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "activation": {"kind": "swiglu_clamp", "limit": 0.3},
     },
 }
+
+
+TOGETHER = ("all at once", "several")
 
 
 def changes_for(switch: str, world: int, parallel: dict[str, Any], micro: int | None, compute: str) -> list[Any]:
@@ -89,18 +103,23 @@ def test_ranks_train_what_one_process_trains_with_several_switches(parallel: dic
     check("several", parallel)
 
 
+@pytest.mark.parametrize("parallel", PARALLEL.values(), ids=PARALLEL.keys())
+def test_ranks_train_what_one_process_trains_with_all_switches(parallel: dict[str, Any]) -> None:
+    check("all at once", parallel, tolerance=CANCELLED)
+
+
 def test_bf16_ranks_agree_to_its_rounding_with_a_clamp() -> None:
     check("clamped", PARALLEL["ep2"], "bf16", BF16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ep2", "ep2-sharded"])
-@pytest.mark.parametrize("switch", [name for name in SWITCHES if name != "several"])
+@pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in TOGETHER])
 def test_ranks_train_what_one_process_trains_with_each_switch(switch: str, parallel: str) -> None:
     check(switch, PARALLEL[parallel])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in ("several", "clamped")])
+@pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in (*TOGETHER, "clamped")])
 def test_bf16_ranks_agree_to_its_rounding_with_each_switch(switch: str) -> None:
     check(switch, PARALLEL["ep2"], "bf16", BF16)
