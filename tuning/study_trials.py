@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,6 +74,7 @@ class StudyTrials:
         self._running: dict[str, _Running] = {}
         self._colours = {arm: run_colour(number) for number, arm in enumerate(study.arms)}
         self._mlflow = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._told: list[Future[None]] = []
         self.failure: Exception | None = None
         """Why the study cannot go on: a UserError if the config is the reason."""
         self.untold: list[str] = []
@@ -99,14 +100,13 @@ class StudyTrials:
         self._blocks.started(trial.key)
         if not trial.started:
             trial.started = time.monotonic()
-            self._mlflow.submit(self._open, trial)
+            self._tell(self._open, trial)
 
     def ended(self, name: str, ending: Ending) -> None:
         """A trial has come to its own end."""
         trial = self._running.pop(name)
         if ending.outcome not in _STATUS:
-            self._running[name] = trial
-            self._fail(UserError(f"trial {name}: {ending.reason}"))
+            self._fail(trial, UserError(f"trial {name}: {ending.reason}"))
             return
         seconds = time.monotonic() - trial.started
         result = TrialResult(trial.key, measure_trial(trial.folder, trial.config))
@@ -114,21 +114,28 @@ class StudyTrials:
         self._run.record(record)
         self._records[trial.key] = record
         self._blocks.ended(trial.key)
-        self._mlflow.submit(self._close, trial, result, ending)
+        self._tell(self._close, trial, result, ending)
         self._on_end(result, seconds)
 
     def failed(self, name: str, reason: str) -> None:
         """A trial's actors failed for good."""
-        self._fail(RuntimeError(f"trial {name} failed: {reason}"))
+        self._fail(self._running.pop(name), RuntimeError(f"trial {name} failed: {reason}"))
 
     def close(self) -> None:
         """Tell MLflow of the trials that were left where they were, and wait until it knows everything."""
         for trial in self._running.values():
             if trial.started:
-                self._mlflow.submit(self._end, trial, "KILLED", "the study ended early")
+                self._tell(self._end, trial, "KILLED", "the study ended early")
         self._mlflow.shutdown(wait=True)
+        for told in self._told:
+            told.result()
 
-    def _fail(self, failure: Exception) -> None:
+    def _tell(self, action: Callable[..., None], *arguments: object) -> None:
+        self._told.append(self._mlflow.submit(action, *arguments))
+
+    def _fail(self, trial: _Running, failure: Exception) -> None:
+        """No other trial could do better, or nothing is right with the machine."""
+        self._tell(self._end, trial, "FAILED", str(failure))
         self.failure = self.failure or failure
         self._stop.set()
 
