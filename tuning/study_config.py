@@ -214,7 +214,9 @@ class StudyConfig(Config):
     def _arms_can_be_run(self) -> Self:
         for name, arm in self.arms.items():
             if not _ARM_NAME.fullmatch(name):
-                raise ValueError(f"arms.{name}: a name should have no / and begin with neither . nor -, for it names folders")
+                raise ValueError(
+                    f"arms.{name}: a name should have no / and begin with neither . nor -, for it names folders"
+                )
             other = arm.clip_rate_of
             if other is not None and (other not in self.arms or self.arms[other].clip_rate_of is not None):
                 raise ValueError(f"arms.{name}.clip_rate_of: should be an arm that is not tuned itself, not {other!r}")

@@ -80,7 +80,10 @@ def trial_config(study: StudyConfig, key: TrialKey, max_norm: float | None = Non
     arm = study.arms[key.arm]
     trees: dict[str, Tree] = {"config": study.config, SETTINGS: settings_tree(study.settings)}
     for preset in arm.base:
-        name, document = read_document(preset, PRESETS, "preset")
+        try:
+            name, document = read_document(preset, PRESETS, "preset")
+        except UserError as error:
+            raise _of(f"arms.{key.arm}.base", str(error)) from None
         trees[name] = document.tree
     trees[f"arms.{key.arm}.config"] = arm.config
     if arm.clip_rate_of is not None:

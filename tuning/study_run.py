@@ -132,10 +132,7 @@ class StudyRun:
 
     def record(self, trial: TrialRecord) -> None:
         """A trial is done."""
-        content = {**asdict(trial), "key": asdict(trial.key)}
-        # A line end before it, too: a kill may have cut the last line short.
-        with (self.folder.path / _TRIALS).open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(content)}\n")
+        add_trial(self.folder, trial)
 
     @property
     def minutes(self) -> float:
@@ -158,6 +155,13 @@ class StudyRun:
         ending = _ending(self.status or status, self.description, self.figures)
         write_json(self.folder.ending, ending)
         self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
+
+
+def add_trial(folder: RunFolder, trial: TrialRecord) -> None:
+    """Remember that a trial of a study is done."""
+    # A line end before it, too: a kill may have cut the last line short.
+    with (folder.path / _TRIALS).open("a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(asdict(trial))}\n")
 
 
 def read_trials(folder: RunFolder) -> list[TrialRecord]:
