@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from pipelines.loading import FILE_SUFFIX, load_config
 from pipelines.paths import absolute
 from pipelines.prepare import absolute_paths
 from pipelines.tracking_store import SQLITE
+from tuning.arguments import StudyArguments
+from tuning.study_loading import load_study, trial_configs
 
 PACKAGES = ("moe", "pipelines", "tuning", "infra")
-# The command line's name of what can be a job, and what Python runs for it.
-_MODULES = {"train": "pipelines.train"}
 _FILES = "configs"
 _PATHS = (("data", "corpus", "paths"), ("data", "corpus", "path"), ("data", "tokenizer"), ("tracking", "uri"))
 """Keys that hold paths."""
@@ -54,19 +54,50 @@ def read_command(words: Sequence[str]) -> JobCommand:
     if not words:
         raise UserError("submit: no command given; for example: steadymoe submit -- train tiny")
     name, *rest = words
-    if name not in _MODULES:
-        raise UserError(f"submit: {name!r} cannot run as a job; what can: {', '.join(_MODULES)}")
-    arguments = parse(TrainArguments, rest, f"steadymoe {name}")
-    if arguments.print_config:
+    if name not in _READERS:
+        raise UserError(f"submit: {name!r} cannot run as a job; what can: {', '.join(_READERS)}")
+    return _READERS[name](rest)
+
+
+def _train_command(words: Sequence[str]) -> JobCommand:
+    arguments = parse(TrainArguments, words, "steadymoe train")
+    _refuse_print_config(arguments.print_config, "train")
+    command = _job("pipelines.train", words, arguments.presets, _checked(arguments), arguments.resume)
+    return replace(command, words=_absolute_option(command.words, "--init-from"))
+
+
+def _study_command(words: Sequence[str]) -> JobCommand:
+    arguments = parse(StudyArguments, words, "steadymoe study")
+    _refuse_print_config(arguments.print_config, "study")
+    if arguments.resume is None and not arguments.study:
+        raise UserError("submit: no study given; for example: steadymoe submit -- study balance")
+    # A study that goes on has its config already, and was made with absolute paths.
+    studies = arguments.study if arguments.resume is None else []
+    config = trial_configs(load_study(studies[0], arguments.settings, **arguments.changed))[0] if studies else None
+    command = _job("tuning.study", words, studies, config, None)
+    return replace(command, words=_absolute_option(command.words, "--findings"))
+
+
+_READERS = {"train": _train_command, "study": _study_command}
+"""By the command line's name of what can be a job."""
+
+
+def _refuse_print_config(given: bool, name: str) -> None:
+    if given:
         raise UserError(f"--print-config: needs no job; steadymoe {name} --print-config shows the config")
-    settings = _absolute_settings(_checked(arguments))
-    layers = dict.fromkeys(layer for layer in arguments.presets if layer.endswith(FILE_SUFFIX))
+
+
+def _job(
+    module: str, words: Sequence[str], layers: Sequence[str], config: RunConfig | None, resume: str | None
+) -> JobCommand:
+    """The command with its files in the copy, and with absolute paths where ``config`` has relative ones."""
+    files = dict.fromkeys(layer for layer in layers if layer.endswith(FILE_SUFFIX))
     # Under its own name, which the run is named after; numbered folders, for two may have the same.
-    copies = {layer: f"{_FILES}/{number}/{Path(layer).name}" for number, layer in enumerate(layers)}
-    moved = _absolute_weights([copies.get(word, word) for word in rest])
+    copies = {layer: f"{_FILES}/{number}/{Path(layer).name}" for number, layer in enumerate(files)}
+    settings = _absolute_settings(config) if config is not None else []
+    moved = [copies.get(word, word) for word in words]
     options = [word for setting in settings for word in ("--set", setting)]
-    files = {copies[layer]: Path(layer) for layer in layers}
-    return JobCommand(_MODULES[name], moved + options, files, arguments.resume)
+    return JobCommand(module, moved + options, {copies[layer]: Path(layer) for layer in files}, resume)
 
 
 def pack(command: JobCommand, folder: Path) -> None:
@@ -117,14 +148,14 @@ def _at(tree: Any, key: tuple[str, ...]) -> Any:
     return tree or None
 
 
-def _absolute_weights(words: Sequence[str]) -> list[str]:
-    """The words of a command with the folder after ``--init-from`` made absolute."""
+def _absolute_option(words: Sequence[str], name: str) -> list[str]:
+    """The words of a command with the path after the option ``name`` made absolute."""
     moved: list[str] = []
     for word in words:
         option, equals, value = word.partition("=")
-        if moved[-1:] == ["--init-from"]:
+        if moved[-1:] == [name]:
             moved.append(absolute(word))
-        elif option == "--init-from" and equals:
+        elif option == name and equals:
             moved.append(f"{option}={absolute(value)}")
         else:
             moved.append(word)

@@ -14,7 +14,10 @@ from pipelines.arguments import TrainArguments
 from pipelines.command_line import parse
 from pipelines.errors import UserError
 from pipelines.loading import load_config
+from pipelines.yaml_text import dump, parse_document
 from tests.infra.local_cluster import PROJECT
+from tuning.arguments import StudyArguments
+from tuning.study_loading import STUDIES, load_study, trial_configs
 
 LIMIT_BYTES = 5_000_000
 
@@ -90,16 +93,40 @@ def test_the_settings_of_a_resumed_run_are_checked_and_hold_in_the_copy(
     assert command.resume == "x"
 
 
+def test_a_study_goes_along_with_its_file_and_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = parse_document((STUDIES / "warmup.yaml").read_text(), "warmup").tree
+    content["config"]["data"] = {"corpus": {"kind": "files", "paths": ["text"]}}
+    Path("mine.yaml").write_text(dump(content))
+    command = read_command(["study", "mine.yaml", "--blocks", "2", "--findings", "found.md"])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    pack(command, copy)
+
+    assert shlex.split(command.entrypoint)[:3] == ["python", "-m", "tuning.study"]
+    monkeypatch.chdir(copy)
+    arguments = parse(StudyArguments, command.words, "study")
+    study = load_study(arguments.study[0], arguments.settings, **arguments.changed)
+    assert {str(config.data.corpus.model_dump()["paths"]) for config in trial_configs(study)} == {
+        f"['{tmp_path}/text']"
+    }
+    assert (Path(arguments.study[0]).name, study.blocks) == ("mine.yaml", 2)
+    assert arguments.findings == f"{tmp_path}/found.md"
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ([], "submit: no command given"),
-        (["deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train"),
+        (["deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train, study"),
         (["train", "micro", "--set", "optimizer.lr=fast"], "optimizer.lr: should be a valid number"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read: No such file"),
         (["train", "--resume", "x", "--set", "schedule.steps=0"], "schedule.steps: should be greater than 0, got 0"),
         (["train", "--nonsense"], "unrecognized arguments: --nonsense (see steadymoe train --help)"),
         (["train", "micro", "--print-config"], "--print-config: needs no job"),
+        (["study"], "submit: no study given"),
+        (["study", "balanse"], "unknown study 'balanse'; did you mean balance?"),
+        (["study", "balance", "--print-config"], "--print-config: needs no job"),
     ],
 )
 def test_what_cannot_be_a_job_is_refused_in_one_line(words: list[str], line: str) -> None:
