@@ -25,15 +25,16 @@ def train(arguments: TrainArguments) -> int:
 
 
 def deliver(arguments: DeliverArguments) -> int:
-    """Deliver a run's spool to MLflow; returns the exit code.
+    """Deliver to MLflow what it lacks of a run or a study; returns the exit code.
 
     Raises:
         UserError: there is no such run, or the tracking store does not take everything.
     """
     from pipelines.delivery import deliver as deliver_run
-    from pipelines.run_folder import find_run
+    from pipelines.home import runs_dir
+    from pipelines.run_folder import find_folder, run_folders, study_folders
 
-    folder = find_run(arguments.run)
+    folder = find_folder(arguments.run, [*run_folders(), *study_folders()], "run", "runs", runs_dir())
     if left := deliver_run(folder):
         raise UserError(left)
     print(f"MLflow has everything that run {folder.info.name} recorded.")

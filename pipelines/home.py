@@ -38,3 +38,8 @@ def corpora_dir() -> Path:
 def runs_dir() -> Path:
     """One folder per run, named by its MLflow run id."""
     return home() / "runs"
+
+
+def studies_dir() -> Path:
+    """One folder per study, named by its MLflow run id."""
+    return home() / "studies"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.home import runs_dir
+from pipelines.home import runs_dir, studies_dir
 
 LATEST = "latest"
 _LISTED = 10
@@ -159,6 +159,12 @@ def write_whole(path: Path, text: str) -> None:
 def run_folders() -> Iterator[RunFolder]:
     """All runs, in no particular order."""
     for info in runs_dir().glob("*/run.json"):
+        yield RunFolder(info.parent)
+
+
+def study_folders() -> Iterator[RunFolder]:
+    """All studies, in no particular order. A study is a run that trains nothing itself: the parent of its trials."""
+    for info in studies_dir().glob("*/run.json"):
         yield RunFolder(info.parent)
 
 

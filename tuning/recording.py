@@ -1,10 +1,12 @@
 """From the reports of a trial's steps to its `Series`, and where a run keeps that."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from moe.trainer import Report
 from pipelines.run_folder import RunFolder
+from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter
 from tuning.series import Series
 
 # Of all that a step reports, what measures are made of; MLflow has the rest, not of every step.
@@ -12,27 +14,41 @@ _METRICS = ("train/loss", "train/grad_norm", "moe/max_vio_batch", "train/clipped
 
 
 class SeriesRecorder:
-    """Collects what every step reports; in memory, since a study's trials are short."""
+    """Collects what every step reports in a file of the run's: a trial that is begun again goes on with it.
 
-    def __init__(self, steps: int) -> None:
+    One process at a time may have one for a run; the run's writer lock sees to that.
+    """
+
+    def __init__(self, folder: RunFolder, steps: int) -> None:
         """``steps``: optimizer steps that the schedule has."""
         self._steps = steps
-        self._train: dict[str, list[float]] = {}
-        self._validation: Mapping[str, float] = {}
+        self._file = folder.path / "steps.jsonl"
+        self._writer = SpoolWriter(self._file)
 
     def add(self, report: Report, validation: Mapping[str, float] | None) -> None:
-        """One step. A metric that it lacks (a step that was not taken has no clip) is NaN."""
-        for name in _METRICS:
-            if name in report.metrics and name not in self._train:
-                self._train[name] = [float("nan")] * (report.step - 1)
-            if name in self._train:
-                self._train[name].append(report.metrics.get(name, float("nan")))
+        """One step; one that is repeated after a restart is known already."""
+        metrics = {name: report.metrics[name] for name in _METRICS if name in report.metrics}
+        self._writer.write(TRAIN, report.step, metrics)
         if validation is not None:
-            self._validation = validation
+            self._writer.write(VALIDATION, report.step, validation)
 
     def series(self, outcome: str) -> Series:
-        """What there is by now."""
-        return Series(outcome, self._steps, self._train, dict(self._validation))
+        """What there is by now. A metric that a step lacks (one that was not taken has no clip) is NaN."""
+        records = SpoolReader(self._file).read()
+        train = {record.step: record for record in records if record.kind == TRAIN}
+        steps = [train[step].metrics if step in train else {} for step in range(1, max(train, default=0) + 1)]
+        named = {name for record in train.values() for name in (*record.metrics, *record.non_finite)}
+        last = max((r for r in records if r.kind == VALIDATION), key=lambda record: record.step, default=None)
+        return Series(
+            outcome,
+            self._steps,
+            {name: [metrics.get(name, math.nan) for metrics in steps] for name in _METRICS if name in named},
+            {**last.metrics, **dict.fromkeys(last.non_finite, math.nan)} if last is not None else {},
+        )
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._writer.close()
 
 
 def series_file(folder: RunFolder) -> Path:

@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,9 +12,18 @@ from pipelines.delivery import Drainer
 from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
 from pipelines.errors import UserError
-from pipelines.home import home
+from pipelines.home import studies_dir
 from pipelines.loading import dump_config
-from pipelines.run_folder import RunFolder, RunInfo, count_on, find_folder, read_json, write_json, write_whole
+from pipelines.run_folder import (
+    RunFolder,
+    RunInfo,
+    count_on,
+    find_folder,
+    read_json,
+    study_folders,
+    write_json,
+    write_whole,
+)
 from pipelines.run_lock import RunBusyError, RunLock
 from pipelines.tracking import FINISH_TIMEOUT_S
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
@@ -37,17 +45,6 @@ class TrialRecord:
     seconds: float
     max_norm: float | None = None
     """The limit of an arm that was tuned to another's clip rate."""
-
-
-def studies_dir() -> Path:
-    """One folder per study, named by its MLflow run id."""
-    return home() / "studies"
-
-
-def study_folders() -> Iterator[RunFolder]:
-    """All studies, in no particular order."""
-    for info in studies_dir().glob("*/run.json"):
-        yield RunFolder(info.parent)
 
 
 def find_study(study: str) -> RunFolder:

@@ -62,22 +62,27 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start the ranks, and the first trial."""
+        """Start the ranks."""
         self._rank = TrialRank(0)
         self._peers: list[Any] = []
         self._stride = 1
         parallel = RunConfig.model_validate(config[JOB]["config"]).parallel
         if parallel.workers > 1:
             self._gather(parallel)
-        self._begin(config[JOB])
+        self._next: TrialJob | None = config[JOB]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in the same processes."""
-        self._begin(new_config[JOB])
+        """Another trial in the same processes. It begins with its first step: Tune restarts no trial that fails here,
+        for instance because a peer died meanwhile."""
+        self._rank.close()
+        self._next = new_config[JOB]
         return True
 
     def step(self) -> dict[str, Any]:
         """About a second of training. Tune may end the trial between two of these, when no rank waits for another."""
+        if self._next is not None:
+            self._begin(self._next)
+            self._next = None
         started = time.perf_counter()
         steps = self._stride
         waiting = [peer.advance.remote(steps) for peer in self._peers]

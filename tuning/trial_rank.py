@@ -43,6 +43,7 @@ class TrialRank:
         self._ranks: dict[tuple[int, int, str], Ranks] = {}
         self._steps: Steps | None = None
         self._step = 0
+        self._schedule_steps = 0
         self._recorder: SeriesRecorder | None = None
         self._folder: RunFolder | None = None
 
@@ -52,8 +53,7 @@ class TrialRank:
         reset_process()
         config = RunConfig.model_validate(job["config"])
         self._folder = RunFolder(Path(job["run_folder"]))
-        self._step = 0
-        self._recorder = SeriesRecorder(config.steps) if self.rank == 0 else None
+        self._step, self._schedule_steps = 0, config.steps
         ranks = self._ranks_for(config)
         self._steps = train_steps(config, ranks, open_shards(Path(job["shards"])), self._folder)
 
@@ -74,17 +74,27 @@ class TrialRank:
 
     def _take(self, done: StepDone) -> None:
         self._step = done.report.step
-        if self._recorder is not None:
-            self._recorder.add(done.report, done.validation)
+        if self.rank == 0:
+            self._recording().add(done.report, done.validation)
 
     def _end(self, ending: Ending) -> Progress:
-        if self._recorder is not None and self._folder is not None:
-            self._recorder.series(ending.outcome).write(series_file(self._folder))
+        if self.rank == 0 and ending.outcome != "refused":
+            assert self._folder is not None
+            self._recording().series(ending.outcome).write(series_file(self._folder))
         self.close()
         return Progress(self._step, ending)
 
+    def _recording(self) -> SeriesRecorder:
+        """Not before the first step: until then a worker that was killed may still write there."""
+        if self._recorder is None:
+            assert self._folder is not None
+            self._recorder = SeriesRecorder(self._folder, self._schedule_steps)
+        return self._recorder
+
     def close(self) -> None:
         """Leave the trial where it is: its files are closed, and its locks are free."""
+        if self._recorder is not None:
+            self._recorder.close()
         if self._steps is not None:
             self._steps.close()
         self._steps = self._recorder = None

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.home import HOME_VARIABLE
+from pipelines.home import HOME_VARIABLE, studies_dir
 from pipelines.run_folder import RunFolder, RunInfo
 from tuning.results import TrialKey
-from tuning.study_run import TrialRecord, add_trial, find_study, read_trials, studies_dir
+from tuning.study_run import TrialRecord, add_trial, find_study, read_trials
 
 FIRST = TrialRecord(TrialKey(0, "a"), "/runs/x", "finished", 1.5)
 SECOND = TrialRecord(TrialKey(3, "as-b", 1e-05), "/runs/ü", "diverged", 2.0, max_norm=0.25)

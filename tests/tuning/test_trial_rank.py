@@ -1,0 +1,135 @@
+"""Trials that follow each other in one process: each is the run that it would be alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.outcome import Ending
+from pipelines.run_folder import RunFolder
+from pipelines.run_lock import is_written_to
+from tests.distributed import run_distributed
+from tests.tuning.jobs import ABSURD, OTHER, PAIR, by_the_loop, losses_in_series, recorded, rounded, trial_job
+from tuning.recording import read_series
+from tuning.trial_rank import Progress, TrialJob, TrialRank, reset_process
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(autouse=True)
+def _process() -> Iterator[None]:
+    """Nothing is left behind for the tests after these."""
+    yield
+    reset_process()
+
+
+def _run(rank: TrialRank, job: TrialJob) -> Ending:
+    """A trial from its first step to its end, as Tune has it run: some steps at a time."""
+    rank.begin(job)
+    while (progress := rank.advance(5)).ending is None:
+        pass
+    return progress.ending
+
+
+def test_a_trial_is_the_run_that_the_loop_makes_of_its_config_whatever_ran_before_it(tmp_path: Path) -> None:
+    rank = TrialRank(0)
+    for name, settings in {"a": (), "b": OTHER, "again": ()}.items():
+        assert _run(rank, trial_job(tmp_path / name, *settings)) == Ending("finished", 12)
+    assert recorded(tmp_path / "a") == by_the_loop(tmp_path / "alone")
+    assert recorded(tmp_path / "again") == recorded(tmp_path / "a")
+    assert recorded(tmp_path / "b") == by_the_loop(tmp_path / "b-alone", *OTHER)
+    assert recorded(tmp_path / "b")["train"][1] != recorded(tmp_path / "a")["train"][1]
+
+
+def test_two_ranks_that_keep_their_groups_are_the_loop_on_two_ranks(tmp_path: Path) -> None:
+    jobs = [trial_job(tmp_path / name, *PAIR, *more) for name, more in {"a": (), "b": OTHER, "again": ()}.items()]
+    endings = run_distributed(_run_all, 2, jobs)
+    assert endings == [[Ending("finished", 12)] * 3] * 2
+    alone = by_the_loop(tmp_path / "alone", "parallel.expert_parallel=2", workers=2)
+    assert recorded(tmp_path / "a") == recorded(tmp_path / "again") == alone
+    assert recorded(tmp_path / "b") == by_the_loop(
+        tmp_path / "b-alone", "parallel.expert_parallel=2", *OTHER, workers=2
+    )
+
+
+def _run_all(rank: int, world: int, jobs: list[TrialJob]) -> list[Ending]:
+    trial_rank = TrialRank(rank)
+    return [_run(trial_rank, job) for job in jobs]
+
+
+def test_a_trial_that_is_left_midway_frees_its_folder_and_can_be_begun_again(tmp_path: Path) -> None:
+    left, other = trial_job(tmp_path / "left"), trial_job(tmp_path / "other", *OTHER)
+    rank = TrialRank(0)
+    rank.begin(left)
+    assert rank.advance(3) == Progress(3)
+    assert is_written_to(RunFolder(tmp_path / "left"))
+    rank.close()
+    assert not is_written_to(RunFolder(tmp_path / "left"))
+    rank.begin(left)
+    rank.advance(6)
+    rank.begin(other)
+    assert not is_written_to(RunFolder(tmp_path / "left"))
+    assert _run(TrialRank(0), left) == Ending("finished", 12)
+    assert recorded(tmp_path / "left") == by_the_loop(tmp_path / "alone")
+
+
+def test_a_trial_that_goes_on_from_a_checkpoint_has_the_series_of_an_undisturbed_one(tmp_path: Path) -> None:
+    job = trial_job(tmp_path / "cut", "checkpoint.every_steps=4")
+    killed = TrialRank(0)
+    killed.begin(job)
+    killed.advance(10)
+    killed.close()
+    # As a kill leaves it: written in part, and not told to anybody.
+    assert sorted(path.name for path in RunFolder(tmp_path / "cut").checkpoints.iterdir())[-1] == "step-00000008"
+    assert _run(TrialRank(0), job) == Ending("finished", 12)
+    whole = by_the_loop(tmp_path / "whole", "checkpoint.every_steps=4")
+    assert losses_in_series(tmp_path / "cut") == rounded(whole["train"])
+    series = read_series(RunFolder(tmp_path / "cut"))
+    assert series.validation["val/loss"] == pytest.approx(whole["validation"][12]["val/loss"], rel=1e-5)
+
+
+def test_a_trial_killed_between_its_end_and_its_word_of_it_has_its_series_all_the_same(tmp_path: Path) -> None:
+    job = trial_job(tmp_path / "ended", "checkpoint.at_end=true")
+    _run(TrialRank(0), job)
+    first = read_series(RunFolder(tmp_path / "ended"))
+    assert _run(TrialRank(0), job) == Ending("finished", 12)
+    assert read_series(RunFolder(tmp_path / "ended")) == first
+
+
+def test_a_start_that_cannot_be_trained_ends_as_refused_and_harms_nobody(tmp_path: Path) -> None:
+    rank = TrialRank(0)
+    ending = _run(rank, trial_job(tmp_path / "refused", "model.init.std=1.0e+30"))
+    assert (ending.outcome, ending.step) == ("refused", 0)
+    assert "before the first step" in (ending.reason or "")
+    assert not is_written_to(RunFolder(tmp_path / "refused"))
+    _run(rank, trial_job(tmp_path / "next"))
+    assert recorded(tmp_path / "next") == by_the_loop(tmp_path / "alone")
+
+
+def test_a_trial_that_diverges_ends_there_and_harms_nobody(tmp_path: Path) -> None:
+    rank = TrialRank(0)
+    ending = _run(rank, trial_job(tmp_path / "absurd", *ABSURD))
+    assert ending.outcome == "diverged"
+    assert ending.step <= 3
+    series = read_series(RunFolder(tmp_path / "absurd"))
+    assert (series.outcome, series.steps, len(series.train["train/loss"])) == ("diverged", 12, ending.step)
+    _run(rank, trial_job(tmp_path / "next"))
+    assert recorded(tmp_path / "next") == by_the_loop(tmp_path / "alone")
+
+
+def test_modes_of_the_process_that_somebody_left_behind_are_put_back(tmp_path: Path) -> None:
+    rank = TrialRank(0)
+    _run(rank, trial_job(tmp_path / "before"))
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    torch.rand(3)
+    _run(rank, trial_job(tmp_path / "after"))
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert recorded(tmp_path / "after") == recorded(tmp_path / "before")
