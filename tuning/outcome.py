@@ -65,7 +65,8 @@ class Outcome:
 def conclude(study: StudyConfig, run: StudyRun, config: RunConfig) -> Outcome:
     """Judge what there is, and leave report, picture and figures where the run's end brings them to MLflow."""
     trials = []
-    for record in run.trials:
+    # By seed and arm, and not as they happened to end: a study that was interrupted has the same files.
+    for record in sorted(run.trials, key=lambda record: record.key):
         trial = trial_config(study, record.key, record.max_norm)
         trials.append(TrialResult(record.key, measure_trial(RunFolder(Path(record.folder)), trial)))
     results = Results(trials, study.arms, study.points())

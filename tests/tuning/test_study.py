@@ -205,12 +205,12 @@ def test_a_study_whose_tracking_server_dies_has_all_its_results(home: Path, whol
     [
         (("nosuch",), "nosuch"),
         (("--resume", "nosuch"), "study nosuch: "),
-        (("tiny.yaml", "--set", "optimizer.lr=fast"), "optimizer.lr"),
+        (("tiny.yaml", "--set", "schedule.steps=many"), "schedule.steps"),
         (("wrong.yaml",), "claims.0.conditions.0.left.arm: 'none' is none of the arms slow, fast"),
     ],
 )
 def test_wrong_input_is_answered_by_one_line(home: Path, words: tuple[str, ...], message: str) -> None:
-    wrong = yaml.safe_dump(STUDY).replace("arm: fast", "arm: none")
+    wrong = yaml.safe_dump(STUDY, sort_keys=False).replace("arm: fast", "arm: none")
     (home / "wrong.yaml").write_text(wrong)
     given = [str(home / word) if word.endswith(".yaml") else word for word in words]
     done = run_steadymoe(home, "study", *given, code=2)

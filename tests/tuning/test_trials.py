@@ -15,10 +15,12 @@ from moe.config.trainer import ParallelConfig
 from pipelines.outcome import Ending
 from pipelines.ray_session import connect, worker_environment
 from pipelines.run_folder import RunFolder
+from pipelines.run_lock import is_written_to
 from tests.pipelines.driver import steps_of
 from tests.pipelines.mlflow_server import wait_until
 from tests.pipelines.small_run import small_config
 from tests.tuning.jobs import ABSURD, OTHER, PAIR, by_the_loop, losses_in_series, recorded, rounded, trial_job
+from tuning.recording import series_file
 from tuning.trial_rank import TrialJob
 from tuning.trials import run_trials
 
@@ -140,6 +142,11 @@ def test_a_stop_leaves_trials_where_they_are_and_no_process_behind(folder: Path)
     wait_until(lambda: actors() == {}, deadline_s=60)
 
 
+def _is_midway(path: Path) -> bool:
+    run = RunFolder(path)
+    return steps_of(run) >= 50 and not series_file(run).exists() and is_written_to(run)
+
+
 def test_trials_on_two_ranks_survive_kills_and_a_divergence_bit_for_bit(folder: Path) -> None:
     here = folder / "pairs"
     trials = source(
@@ -155,9 +162,12 @@ def test_trials_on_two_ranks_survive_kills_and_a_divergence_bit_for_bit(folder: 
     )
 
     def kill_midway() -> None:
-        for name, title in {"peer-killed": "Peer", "rank-0-killed": "Trainable"}.items():
-            wait_until(lambda name=name: steps_of(RunFolder(here / name)) >= 50, 200)  # type: ignore[misc]
-            (process,) = actors(title).values()
+        victims = {"peer-killed": "Peer", "rank-0-killed": "Trainable"}
+        # In either order: a trial that is restarted may have to wait for others.
+        while victims:
+            wait_until(lambda: any(_is_midway(here / name) for name in victims), 400)
+            name = next(name for name in victims if _is_midway(here / name))
+            (process,) = actors(victims.pop(name)).values()
             process.kill()
 
     def kill_idle(name: str) -> None:
