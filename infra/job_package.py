@@ -72,8 +72,14 @@ def _study_command(words: Sequence[str]) -> JobCommand:
     if arguments.resume is None and not arguments.study:
         raise UserError("submit: no study given; for example: steadymoe submit -- study balance")
     # A study that goes on has its config already, and was made with absolute paths.
-    studies = arguments.study if arguments.resume is None else []
-    config = trial_configs(load_study(studies[0], arguments.settings, **arguments.changed))[0] if studies else None
+    studies, config = [], None
+    if arguments.resume is None:
+        studies = arguments.study
+        study = load_study(studies[0], arguments.settings, **arguments.changed)
+        bases = [*study.base, *(name for arm in study.arms.values() for name in arm.base)]
+        if files := [name for name in bases if name.endswith(FILE_SUFFIX)]:
+            raise UserError(f"{studies[0]}: base names {files[0]}, which a job does not get; put its keys under config")
+        config = trial_configs(study)[0]
     command = _job("tuning.study", words, studies, config, None)
     return replace(command, words=_absolute_option(command.words, "--findings"))
 

@@ -24,6 +24,8 @@ PRESETS = Path(__file__).parent / "presets"
 FILE_SUFFIX = ".yaml"
 _PLURALS = {"preset": "Presets", "study": "Studies"}
 MODEL = "model"
+SETTINGS = "--set"
+"""What messages call the layer of settings."""
 
 Tree = dict[str, Any]
 
@@ -55,12 +57,10 @@ def load_config(
         if layer.endswith(FILE_SUFFIX):
             _overlay(wishes, document.tree)
         origins |= {path: f"{name}, line {line}" for path, line in document.lines.items()}
-    for name, layer_tree in (trees or {}).items():
+    chosen = settings_tree(settings)
+    for name, layer_tree in [*(trees or {}).items(), (SETTINGS, chosen)]:
         _stack(tree, copy.deepcopy(layer_tree))
         origins |= dict.fromkeys(_paths(layer_tree, ()), name)
-    chosen = settings_tree(settings)
-    origins |= dict.fromkeys(_paths(chosen, ()), "--set")
-    _stack(tree, chosen)
     if weights is not None:
         _overlay(wishes, chosen)
         _take_model(tree, wishes, weights, origins)

@@ -47,11 +47,19 @@ def _line(problem: ErrorDetails, root: type[BaseModel], origins: Mapping[Path, s
             kinds = [kind.strip("'") for kind in context["expected_tags"].split(", ")]
             path = (*path, KIND)
             text = f"{context['tag']!r} is no kind of {path[-2]}; {did_you_mean(context['tag'], kinds)}"
+        case "union_tag_not_found":
+            path = (*path, KIND)
+            text = f"is required here; possible: {', '.join(_kinds_at(path[:-1], root))}"
         case "value_error":
             text = str(problem["ctx"]["error"])
         case "missing":
             text = "is required here"
-        case "model_type" | "model_attributes_type":
+        case "too_short":
+            least, found = problem["ctx"]["min_length"], problem["ctx"]["actual_length"]
+            text = f"should have at least {least} item{'s' if least > 1 else ''}, got {found}"
+        case "list_type":
+            text = f"should be a list, got {describe(value)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
             text = f"should be a mapping of keys, got {describe(value)}"
             if isinstance(value, str) and value in _kinds_at(path, root):
                 text += f"; did you mean {{{KIND}: {value}}}?"

@@ -3,7 +3,7 @@
 import difflib
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -227,8 +227,11 @@ def free_name(wanted: str | None, preset: str) -> str:
     taken = {folder.info.name for folder in run_folders()}
     if wanted and wanted not in taken:
         return wanted
-    base = wanted or preset
-    number = 2 if wanted else 1
+    return count_on(wanted or preset, taken, 2 if wanted else 1)
+
+
+def count_on(base: str, taken: Container[str], number: int = 1) -> str:
+    """``base`` with the first number, from ``number``, that makes it none of ``taken``."""
     while f"{base}-{number}" in taken:
         number += 1
     return f"{base}-{number}"

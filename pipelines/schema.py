@@ -1,7 +1,7 @@
 """What the config classes say about a place in the tree: which class holds it, which keys and kinds it may have."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -37,7 +37,7 @@ def default_kind(field: FieldInfo) -> str | None:
 
 
 def locate(root: type[BaseModel], location: Path) -> tuple[Path, tuple[type[BaseModel], ...]]:
-    """Translate pydantic's location of an error, where a union's kind stands between two keys, into a path of keys.
+    """Translate pydantic's location of an error, where what a union chose stands between two keys, into a path of keys.
 
     Returns:
         The path, and the classes that may hold its last key (more than one if a union is not decided yet; none if the
@@ -46,16 +46,23 @@ def locate(root: type[BaseModel], location: Path) -> tuple[Path, tuple[type[Base
     path: Path = ()
     holders: tuple[type[BaseModel], ...] = ()
     here: tuple[type[BaseModel], ...] = (root,)
+    is_name = False
     for part in location:
         kinds = by_kind(here)
-        if part in kinds:
+        if not is_name and part in kinds:
             here = (kinds[str(part)],)
             continue
+        if not is_name and part in {found.__name__ for found in here}:
+            continue
         path = (*path, part)
-        if isinstance(part, str):
+        if is_name:
+            is_name = False
+        elif isinstance(part, str):
             holders = here
             fields = [found.model_fields[part] for found in here if part in found.model_fields]
             here = tuple(dict.fromkeys(choice for field in fields for choice in section_classes(field)))
+            # In a mapping of sections the user's own name comes next.
+            is_name = any(get_origin(field.annotation) is dict for field in fields)
     return path, holders
 
 

@@ -54,6 +54,8 @@ class StudyArguments(BaseModel):
                 raise UserError(
                     f"--resume takes the study as it was begun, so no name may be given; leave out {self.study[0]}"
                 )
+            if self.print_config:
+                raise UserError("--print-config shows what a study expands to, so it does not go with --resume")
             if self.settings:
                 raise UserError("--set: a study that goes on keeps its config; start a new one for another")
         elif not self.study and self.model_fields_set - {"study"}:

@@ -1,6 +1,10 @@
 """This wing's commands up to the point where torch, ray and mlflow are needed (their import alone takes seconds)."""
 
+import os
+from pathlib import Path
+
 from pipelines.command_line import EXIT_DONE
+from pipelines.errors import UserError
 from pipelines.loading import dump_config
 from tuning.arguments import StudyArguments
 from tuning.study_loading import load_study, study_titles
@@ -10,8 +14,10 @@ def study(arguments: StudyArguments) -> int:
     """Run a study; returns the exit code.
 
     Raises:
-        UserError: the study does not hold, or the one to resume cannot be.
+        UserError: the study does not hold, or the one to resume cannot be, or the findings cannot be written.
     """
+    if arguments.findings is not None:
+        _refuse_unwritable(Path(arguments.findings))
     if arguments.resume is None:
         if not arguments.study:
             print("\n".join(f"{name:<14} {title}" for name, title in study_titles()))
@@ -23,3 +29,12 @@ def study(arguments: StudyArguments) -> int:
     from tuning.study import run
 
     return run(arguments)
+
+
+def _refuse_unwritable(findings: Path) -> None:
+    """Before the study rather than after it."""
+    if findings.is_dir():
+        raise UserError(f"--findings {findings}: is a folder; name a Markdown file in it")
+    folder = next(above for above in findings.absolute().parents if above.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--findings {findings}: cannot be written, for {folder} is no folder that can be written to")

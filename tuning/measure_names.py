@@ -33,3 +33,12 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 MEASURES: tuple[str, ...] = get_args(MeasureName)
+
+OF_EXPERTS = frozenset(
+    {"max_vio_global", "max_vio_early", "max_vio_late", "max_vio_late_std", "steps_to_balance", "dead_experts"}
+)
+"""Measures that a dense model does not have."""
+OF_CLIP = frozenset({"clip_rate"})
+"""Measures that a run without a clip does not have."""
+OF_SPIKES = frozenset({"loss_spikes", "grad_spikes"})
+"""Measures that a run of too few steps does not have."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from tuning.results import Results, TrialKey
-from tuning.study_config import AtBest, AtHighest, AtPoint, Grid, LargestStable, Quantity, Sensitivity
+from tuning.study_config import AtBest, Grid, LargestStable, Quantity, Sensitivity
 
 
 class Unmeasured(Exception):  # noqa: N818 - nobody's mistake, but what came out
@@ -43,17 +43,9 @@ def best_point(arm: str, results: Results, points: Sequence[float]) -> float:
 
 def _points(quantity: Quantity, results: Results, grid: Grid | None) -> Sequence[float | None]:
     """The points whose trials the quantity is made of: a run that it does not need may lack the measure."""
-    if grid is None:
-        return [None]
-    match quantity.over:
-        case AtPoint(value=value):
-            return [value]
-        case AtBest():
-            return [best_point(quantity.arm, results, grid.values)]
-        case AtHighest(points=points):
-            return grid.values[-points:]
-        case _:
-            return grid.values
+    if grid is not None and isinstance(quantity.over, AtBest):
+        return [best_point(quantity.arm, results, grid.values)]
+    return quantity.possible_points(grid)
 
 
 def _largest_stable(diverged_P: Sequence[float], points: Sequence[float | None]) -> float:

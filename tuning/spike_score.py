@@ -15,6 +15,12 @@ _LEVEL = 9
 _ROUNDING = 1e-6
 
 
+def first_scored_step(warmup_steps: int) -> int:
+    """The first step, from 1, of which `spike_score` can say something if all values are finite and none excluded."""
+    # The first value of all has none before it to be compared with.
+    return max(warmup_steps, 1) + _LEAST + 1
+
+
 def spike_score(
     values: Sequence[float], steps: int, warmup_steps: int = 0, excluded_steps: Set[int] = frozenset()
 ) -> float | None:

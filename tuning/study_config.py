@@ -4,15 +4,20 @@ A study is a YAML file of `StudyConfig`. A block is one seed through every arm a
 data and the same starting weights, so that arms are compared seed by seed.
 """
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
 
 from moe.config.base import Config
 from tuning.measure_names import MeasureName
 
 Tree = dict[str, Any]
+
+# Arms name folders of runs.
+_ARM_NAME = re.compile(r"[^/.-][^/]*")
 
 
 class Arm(Config):
@@ -39,6 +44,8 @@ class Grid(Config):
     def _values_rise(self) -> Self:
         if any(low >= high for low, high in zip(self.values, self.values[1:], strict=False)):
             raise ValueError(f"values should rise from one to the next, and are {self.values}")
+        if len({f"{value:g}" for value in self.values}) < len(self.values):
+            raise ValueError(f"values should differ within 6 digits, for they name the trials, and are {self.values}")
         return self
 
 
@@ -95,6 +102,36 @@ class Quantity(Config):
     over: Reduction | None = None
     """How the points of the grid become one number; needed if the study has a grid."""
 
+    def possible_points(self, grid: Grid | None) -> Sequence[float | None]:
+        """The values of the grid that it may be made of: with ``best``, all that the best one is chosen from."""
+        if grid is None:
+            return [None]
+        match self.over:
+            case AtPoint(value=value):
+                return [value]
+            case AtHighest(points=points):
+                return grid.values[-points:]
+            case _:
+                return grid.values
+
+
+def _quantity_or_number(value: Any) -> str | None:
+    if isinstance(value, dict | Quantity):
+        return "Quantity"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return "number" if is_number else None
+
+
+# Told apart beforehand, or a mistake in a quantity would be reported for the number as well.
+QuantityOrNumber = Annotated[
+    Annotated[Quantity, Tag("Quantity")] | Annotated[float, Tag("number")],
+    Discriminator(
+        _quantity_or_number,
+        custom_error_type="quantity_or_number",
+        custom_error_message="Input should be a quantity (a mapping with arm and measure) or a finite number",
+    ),
+]
+
 
 class Condition(Config):
     """A comparison, seed by seed: ``left`` against ``factor * right + margin``."""
@@ -103,7 +140,7 @@ class Condition(Config):
     relation: Literal["below", "at_most", "within"]
     """``below``: left is less, beyond the noise of the seeds. ``at_most``: the same, but no difference at all (a
     spread of zero) will do. ``within``: they differ by at most ``tolerance`` of right, beyond the noise."""
-    right: Quantity | float
+    right: QuantityOrNumber
     factor: PositiveFloat = 1.0
     tolerance: PositiveFloat | None = None
 
@@ -174,21 +211,39 @@ class StudyConfig(Config):
                 yield f"claims.{number}.exercised.{index}.quantity", exercised.quantity
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
+    def _arms_can_be_run(self) -> Self:
         for name, arm in self.arms.items():
+            if not _ARM_NAME.fullmatch(name):
+                raise ValueError(
+                    f"arms.{name}: a name should have no / and begin with neither . nor -, for it names folders"
+                )
             other = arm.clip_rate_of
             if other is not None and (other not in self.arms or self.arms[other].clip_rate_of is not None):
                 raise ValueError(f"arms.{name}.clip_rate_of: should be an arm that is not tuned itself, not {other!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _claims_have_names_of_their_own(self) -> Self:
+        names = [claim.name for claim in self.claims]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(f"claims.{number}.name: {name!r} is the name of another claim")
+        return self
+
+    @model_validator(mode="after")
+    def _quantities_are_there(self) -> Self:
         for path, quantity in self.quantities():
             if quantity.arm not in self.arms:
                 raise ValueError(f"{path}.arm: {quantity.arm!r} is none of the arms {', '.join(self.arms)}")
-            if (quantity.over is None) != (self.grid is None):
-                raise ValueError(f"{path}.over: is needed with a grid, and only with one")
+            if quantity.over is None and self.grid is not None:
+                raise ValueError(f"{path}.over: is required with a grid, for example {{kind: mean}}")
+            if quantity.over is not None and self.grid is None:
+                raise ValueError(f"{path}.over: has no effect without a grid; leave it out")
             over = quantity.over
             if self.grid and isinstance(over, AtPoint) and over.value not in self.grid.values:
                 raise ValueError(f"{path}.over.value: {over.value} is none of the grid's values {self.grid.values}")
             if self.grid and isinstance(over, AtHighest) and over.points > len(self.grid.values):
-                raise ValueError(f"{path}.over.points: the grid has {len(self.grid.values)} values")
+                raise ValueError(f"{path}.over.points: {over.points} is more than the {len(self.grid.values)} values")
             if isinstance(over, LargestStable) and quantity.measure != "diverged":
-                raise ValueError(f"{path}: largest_stable goes with measure: diverged")
+                raise ValueError(f"{path}.measure: should be diverged with over: {{kind: largest_stable}}")
         return self

@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.loading import PRESETS, load_config, nested, preset_names, read_document, settings_tree
+from pipelines.loading import PRESETS, SETTINGS, load_config, nested, preset_names, read_document, settings_tree
 from pipelines.problems import explain
 from tuning.results import TrialKey
+from tuning.study_checks import study_problems
 from tuning.study_config import StudyConfig, Tree
 
 STUDIES = Path(__file__).parent / "presets" / "studies"
@@ -28,29 +29,36 @@ def load_study(study: str, settings: Sequence[str] = (), **changed: Any) -> Stud
         UserError: there is no such study, or it does not hold; one line a problem.
     """
     name, document = read_document(study, STUDIES, "study")
-    tree = document.tree | changed | ({"settings": list(settings)} if settings else {})
+    tree = document.tree | changed
+    if settings:
+        own = tree.get("settings", [])
+        tree["settings"] = [*own, *settings] if isinstance(own, list) else own
     origins = {path: f"{name}, line {line}" for path, line in document.lines.items()}
     try:
         config = StudyConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(
-            "\n".join(f"{name}: {line}" for line in explain(error, StudyConfig, origins).splitlines())
-        ) from None
+        raise _of(name, explain(error, StudyConfig, origins)) from None
     # A mistake in the last arm must not be found after the first ones have run.
-    first, *others = trial_configs(config)
-    for other in others:
-        if (other.data.corpus, other.data.tokenizer) != (first.data.corpus, first.data.tokenizer):
-            raise UserError(f"{name}: data.corpus and data.tokenizer should be the same in all arms: seeds are paired")
-        if other.parallel != first.parallel:
-            raise UserError(f"{name}: parallel should be the same in all arms: they run in the same processes")
+    try:
+        configs = {key: trial_config(config, key) for key in _block(config)}
+    except UserError as error:
+        raise _of(name, str(error)) from None
+    if problems := list(study_problems(config, configs)):
+        raise _of(name, "\n".join(problems))
     return config
+
+
+def _of(study: str, problems: str) -> UserError:
+    return UserError("\n".join(f"{study}: {line}" for line in problems.splitlines()))
 
 
 def trial_configs(study: StudyConfig) -> list[RunConfig]:
     """The configs of one block."""
-    return [
-        trial_config(study, TrialKey(study.first_seed, arm, point)) for arm in study.arms for point in study.points()
-    ]
+    return [trial_config(study, key) for key in _block(study)]
+
+
+def _block(study: StudyConfig) -> list[TrialKey]:
+    return [TrialKey(study.first_seed, arm, point) for arm in study.arms for point in study.points()]
 
 
 def study_titles() -> list[tuple[str, str]]:
@@ -70,20 +78,26 @@ def trial_config(study: StudyConfig, key: TrialKey, max_norm: float | None = Non
         UserError: it does not hold; one line a problem, naming the part of the study.
     """
     arm = study.arms[key.arm]
-    trees: dict[str, Tree] = {"config": study.config}
-    trees["--set"] = settings_tree(study.settings)
+    trees: dict[str, Tree] = {"config": study.config, SETTINGS: settings_tree(study.settings)}
     for preset in arm.base:
-        name, document = read_document(preset, PRESETS, "preset")
+        try:
+            name, document = read_document(preset, PRESETS, "preset")
+        except UserError as error:
+            raise _of(f"arms.{key.arm}.base", str(error)) from None
         trees[name] = document.tree
     trees[f"arms.{key.arm}.config"] = arm.config
     if arm.clip_rate_of is not None:
         limit = {"max_norm": max_norm} if max_norm is not None else {}
         trees[f"arms.{key.arm}.clip_rate_of"] = {"stability": {"clip": {"kind": "global", **limit}}}
     if study.grid is not None:
-        trees["grid"] = nested(tuple(study.grid.key.split(".")), key.point)
+        trees["grid"] = nested(tuple(study.grid.key.split(".")), _plain(key.point))
     trees["seeds"] = {"seed": key.seed}
     try:
         return load_config(study.base, trees=trees)
     except UserError as error:
-        where = f"trial {key.name}"
-        raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+        raise _of(f"trial {key.name}", str(error)) from None
+
+
+def _plain(point: float | None) -> float | int | None:
+    """A whole number as an integer, which may stand for a float but not the other way round."""
+    return int(point) if point is not None and point.is_integer() else point

@@ -1,7 +1,6 @@
 """A study's own run: the MLflow parent of its trials, and the folder that says which of them are done."""
 
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +14,24 @@ from pipelines.ending import DESCRIPTION_TAG
 from pipelines.errors import UserError
 from pipelines.home import studies_dir
 from pipelines.loading import dump_config
-from pipelines.run_folder import RunFolder, RunInfo, find_folder, read_json, study_folders, write_json, write_whole
+from pipelines.run_folder import (
+    RunFolder,
+    RunInfo,
+    count_on,
+    find_folder,
+    read_json,
+    study_folders,
+    write_json,
+    write_whole,
+)
 from pipelines.run_lock import RunBusyError, RunLock
 from pipelines.tracking import FINISH_TIMEOUT_S
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
 from tuning.results import TrialKey
 from tuning.study_config import StudyConfig
 
-_log = logging.getLogger(__name__)
+_TRIALS = "trials.jsonl"
+_PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class StudyRun:
 
         with store_errors(store.uri):
             client, experiment_id = store.client, store.experiment_id(experiment)
-            name = _free_name(name)
+            name = count_on(name, {folder.info.name for folder in study_folders()})
             tags = {"role": "study", "mlflow.source.type": "LOCAL", DESCRIPTION_TAG: config.question}
             run = client.create_run(experiment_id, run_name=name, tags=tags)
             folder = RunFolder(studies_dir() / run.info.run_id)
@@ -120,10 +129,7 @@ class StudyRun:
 
     def record(self, trial: TrialRecord) -> None:
         """A trial is done."""
-        content = {**asdict(trial), "key": asdict(trial.key)}
-        with (self.folder.path / _TRIALS).open("a", encoding="utf-8") as file:
-            # A line end before it, too: a kill may have cut the last line short.
-            file.write("\n" + json.dumps(content) + "\n")
+        add_trial(self.folder, trial)
 
     @property
     def minutes(self) -> float:
@@ -148,12 +154,15 @@ class StudyRun:
         self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
 
 
-_TRIALS = "trials.jsonl"
-_PROGRESS = "progress.json"
+def add_trial(folder: RunFolder, trial: TrialRecord) -> None:
+    """Remember that a trial of a study is done."""
+    # A line end before it, too: a kill may have cut the last line short.
+    with (folder.path / _TRIALS).open("a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(asdict(trial))}\n")
 
 
 def read_trials(folder: RunFolder) -> list[TrialRecord]:
-    """The trials of a study that are done, as they ended; a line that a kill cut short is passed over."""
+    """The trials of a study that are done, as they ended; a line that a kill cut short is left out."""
     try:
         lines = (folder.path / _TRIALS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -190,11 +199,3 @@ def end_orphaned_studies(store: TrackingStore) -> None:
 def _ending(status: Status, description: str, figures: Mapping[str, float]) -> dict[str, Any]:
     now = time.time_ns() // 1_000_000
     return {"status": status, "time_ms": now, "metrics": dict(figures), "tags": {DESCRIPTION_TAG: description}}
-
-
-def _free_name(base: str) -> str:
-    taken = {folder.info.name for folder in study_folders()}
-    number = 1
-    while f"{base}-{number}" in taken:
-        number += 1
-    return f"{base}-{number}"

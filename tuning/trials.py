@@ -47,8 +47,7 @@ def run_trials(
     ``folder`` for the while, which every node of the cluster must see.
     """
     # As many wait for a slot as there are, so that none idles when several end at once.
-    for name, value in {**_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(slots)}.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(slots)})
     from ray import tune
 
     from tuning.trial import TrainingTrial, resources

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from infra.cli import main
+from infra.cli import Steadymoe, main
 from pipelines.loading import load_config, parse_setting, preset_names
 from pipelines.yaml_text import parse_document
 
@@ -42,6 +42,10 @@ def loaded_by(argv: list[str]) -> tuple[int, set[str]]:
         (["up", "--help"], 0),
         (["up", "--dashboard-port", "70000"], 2),
         (["submit", "--", "train", "micro", "--set", "optimizer.lr=fast"], 2),
+        (["study"], 0),
+        (["study", "--help"], 0),
+        (["study", "balance", "--print-config"], 0),
+        (["study", "balance", "--set", "seed=1"], 2),
     ],
 )
 def test_help_and_mistakes_are_answered_without_the_heavy_libraries(argv: list[str], code: int) -> None:
@@ -58,7 +62,10 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
     ("argv", "line"),
     [
         ([], "error: no command given (see steadymoe --help)"),
-        (["trian"], "error: argument {prepare,train,deliver,export,up,status,down,submit}: invalid choice: 'trian'"),
+        (
+            ["trian"],
+            "error: argument {prepare,train,study,deliver,export,up,status,down,submit}: invalid choice: 'trian'",
+        ),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["train", "--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["train", "mikro"], "error: unknown preset 'mikro'"),
@@ -107,3 +114,11 @@ def test_help_has_an_example_that_works(capsys: pytest.CaptureFixture[str]) -> N
         settings = [word for previous, word in pairwise(words) if previous == "--set"]
         load_config(presets, settings)
         assert all(parse_setting(setting) for setting in settings)
+
+
+@pytest.mark.parametrize("command", [name for name in Steadymoe.model_fields if name != "version"])
+def test_the_help_of_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"\n  steadymoe {command}" in capsys.readouterr().out

@@ -114,6 +114,15 @@ def test_a_study_goes_along_with_its_file_and_absolute_paths(tmp_path: Path, mon
     assert arguments.findings == f"{tmp_path}/found.md"
 
 
+def test_a_study_that_stands_on_a_file_is_refused_as_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = parse_document((STUDIES / "warmup.yaml").read_text(), "warmup").tree
+    Path("mine.yaml").write_text(dump({**content, "base": ["micro", "more.yaml"]}))
+    Path("more.yaml").write_text("optimizer: {beta2: 0.99}\n")
+    with pytest.raises(UserError, match=r"^mine.yaml: base names more.yaml, which a job does not get"):
+        read_command(["study", "mine.yaml"])
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

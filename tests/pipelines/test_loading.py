@@ -1,12 +1,13 @@
 """Presets, files and --set become one validated config, or one clear line for every problem."""
 
+import copy
 from pathlib import Path
 
 import pytest
 
 from pipelines.config import FilesCorpusConfig, RunConfig
 from pipelines.errors import UserError
-from pipelines.loading import dump_config, load_config, preset_names
+from pipelines.loading import Tree, dump_config, load_config, preset_names
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -65,6 +66,32 @@ def test_settings_are_one_layer_whatever_their_order(tmp_path: Path, reverse: bo
     settings = ["stability.clip.kind=global", "stability.clip.max_norm=0.25"]
     config = load_config([below], settings[::-1] if reverse else settings)
     assert config.stability.clip.model_dump() == {"kind": "global", "max_norm": 0.25}
+
+
+def test_named_layers_lie_between_files_and_settings_in_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "below.yaml", "seed: 1\nmodel: {num_layers: 3, moe: {num_experts: 8, top_k: 3}}\n")
+    trees: dict[str, Tree] = {"first": {"seed": 2, "model": {"moe": {"top_k": 4}}}, "second": {"seed": 3}}
+    assert (config := load_config([path], trees=trees)).seed == 3
+    assert (config.model.num_layers, config.model.moe.num_experts, config.model.moe.top_k) == (3, 8, 4)
+    assert load_config([path], ["seed=4"], trees=trees).seed == 4
+    assert load_config([path], trees=dict(reversed(trees.items()))).seed == 2
+
+
+def test_a_named_layer_of_another_kind_takes_nothing_over_and_stays_what_it_was() -> None:
+    trees: dict[str, Tree] = {
+        "first": {"stability": {"clip": {"kind": "zclip", "z_threshold": 3.0}}},
+        "second": {"stability": {"clip": {"kind": "zclip", "decay": 0.5}}},
+        "third": {"stability": {"clip": {"kind": "global"}}},
+    }
+    before = copy.deepcopy(trees)
+    assert load_config(["micro"], trees=trees).stability.clip.model_dump() == {"kind": "global", "max_norm": 1.0}
+    assert trees == before
+
+
+def test_the_named_layer_of_a_wrong_value_is_told() -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(["micro"], trees={"arms.a": {"optimizer": {"lr": "x"}}, "arms.b": {"seed": 1}})
+    assert str(caught.value) == "optimizer.lr: should be a valid number, got the text 'x' (set by arms.a)"
 
 
 def test_an_exponent_without_a_dot_is_a_number_in_files_and_settings(tmp_path: Path) -> None:
@@ -188,7 +215,7 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         ("parallel.workers=3", "data.global_batch_size (16) is not divisible by parallel.workers (3)"),
         ("schedule.warmup_steps=201", "schedule: warmup_steps (201) is larger than steps (200)"),
         # items of a list
-        ("faults={kind: corrupted_batches}", "faults: should be a valid list, got a mapping"),
+        ("faults={kind: corrupted_batches}", "faults: should be a list, got a mapping"),
         ("faults=[corrupted_batches]", "faults.0: should be a mapping of keys, got the text 'corrupted_batches'"),
         ("faults=[{kind: corrupted_batch, share: 1}]", "faults.0.kind: should be 'corrupted_batches', got the text"),
         ("faults=[{kind: corrupted_batches}]", "faults.0.share: is required here"),

@@ -7,10 +7,10 @@ from pipelines.home import HOME_VARIABLE, runs_dir
 from pipelines.run_folder import RunFolder, RunInfo, find_run, free_name
 
 
-def add_run(run_id: str, name: str, minute: int = 0) -> RunFolder:
+def add_run(run_id: str, name: str, minute: int = 0, parent: str | None = None) -> RunFolder:
     folder = RunFolder(runs_dir() / run_id)
     created = f"2026-05-01T10:{minute:02}:00+00:00"
-    folder.write_info(RunInfo(run_id, name, "steadymoe", "1", created, "sqlite:////tmp/mlflow.db"))
+    folder.write_info(RunInfo(run_id, name, "steadymoe", "1", created, "sqlite:////tmp/mlflow.db", parent))
     return folder
 
 
@@ -26,6 +26,19 @@ def test_a_run_is_found_by_id_beginning_name_and_as_the_latest() -> None:
     assert find_run("tiny-2") == new
     assert find_run("latest") == new
     assert find_run("latest").info.name == "tiny-2"
+
+
+def test_the_latest_run_is_no_trial_of_a_study() -> None:
+    run = add_run("abc111", "tiny-1", minute=1)
+    trial = add_run("abd222", "sign-s0", minute=2, parent="study")
+    assert find_run("latest") == run
+    assert find_run("sign-s0") == trial
+
+
+def test_where_there_are_trials_alone_the_latest_is_one() -> None:
+    add_run("abc111", "none-s0", minute=1, parent="study")
+    trial = add_run("abd222", "sign-s0", minute=2, parent="study")
+    assert find_run("latest") == trial
 
 
 def test_a_name_wins_over_the_beginning_of_an_id() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuning.spike_score import spike_score
+from tuning.spike_score import first_scored_step, spike_score
 
 STEPS = 300
 # The window has 50 residuals after the first value, which has nothing before it.
@@ -153,3 +153,10 @@ def test_a_run_of_5000_steps_has_the_window_of_the_paper(steps: int, window: int
 def test_the_unit_of_the_values_does_not_matter(seed: int, spikes: set[int], scale: float) -> None:
     values = with_spikes(descent() + noise(seed), *spikes)
     assert score(values) == score(scale * values) == percent(len(spikes))
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 30])
+def test_the_first_step_that_is_scored(warmup: int) -> None:
+    values = noise().tolist()
+    lengths = [steps for steps in range(1, warmup + 60) if spike_score(values[:steps], steps, warmup) is not None]
+    assert first_scored_step(warmup) == min(lengths)

@@ -1,0 +1,51 @@
+"""The arguments of `study`, whatever the study is."""
+
+import pytest
+
+from pipelines.command_line import parse
+from pipelines.errors import UserError
+from tuning.arguments import StudyArguments
+
+
+def study(*argv: str) -> StudyArguments:
+    return parse(StudyArguments, argv, "study")
+
+
+def test_without_an_argument_nothing_is_to_be_run() -> None:
+    arguments = study()
+    assert (arguments.study, arguments.resume, arguments.settings, arguments.changed) == ([], None, [], {})
+
+
+def test_what_is_given_in_place_of_the_study_s_own() -> None:
+    assert study("balance", "--blocks", "3").changed == {"blocks": 3}
+    assert study("--budget-minutes", "0.5", "balance").changed == {"budget_minutes": 0.5}
+    assert study("balance", "--set", "seed=1", "--set", "a=[1,2]").settings == ["seed=1", "a=[1,2]"]
+
+
+def test_a_study_that_goes_on_may_have_another_length() -> None:
+    arguments = study("--resume", "balance-1", "--blocks", "9", "--budget-minutes", "5", "--findings", "f.md")
+    assert (arguments.resume, arguments.changed) == ("balance-1", {"blocks": 9, "budget_minutes": 5.0})
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["balance", "clip"], "one study at a time; leave out clip"),
+        (["--resume", "x", "balance"], "--resume takes the study as it was begun, so no name may be given; leave out"),
+        (["--resume", "x", "--set", "seed=1"], "--set: a study that goes on keeps its config"),
+        (["--resume", "x", "--print-config"], "--print-config shows what a study expands to, so it does not go with"),
+        (["--print-config"], "no study given; name one, for example: steadymoe study balance"),
+        (["--findings", "x.md"], "no study given"),
+        (["--blocks", "2"], "no study given"),
+        (["balance", "--blocks", "0"], "--blocks 0: should be greater than 0"),
+        (["balance", "--blocks", "1.5"], "--blocks 1.5: should be a valid integer"),
+        (["balance", "--budget-minutes", "-1"], "--budget-minutes -1: should be greater than 0"),
+        (["balance", "--budget-minutes", "nan"], "--budget-minutes nan: should be"),
+        (["balance", "--seeds", "3"], "unrecognized arguments: --seeds"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(argv: list[str], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        study(*argv)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
