@@ -22,7 +22,7 @@ from tuning.series import Series
 from tuning.study_run import find_study, read_trials
 
 SETTINGS = sets(
-    "schedule.steps=300", "validation.every_steps=300", "checkpoint.every_steps=0", "checkpoint.at_end=false"
+    "schedule.steps=200", "validation.every_steps=200", "checkpoint.every_steps=0", "checkpoint.at_end=false"
 )
 KEYS = {TrialKey(seed, arm) for seed in (0, 1) for arm in ("slow", "fast")}
 STUDY = {
@@ -114,7 +114,7 @@ def test_a_study_is_whole_in_mlflow_and_in_its_findings(home: Path, whole: RunFo
     for trial in trials:
         assert (trial.info.status, trial.data.tags["role"], trial.data.tags["study"]) == ("FINISHED", "study", "tiny-1")
         assert trial.data.params["optimizer.lr"] == ("0.0001" if trial.data.tags["arm"] == "slow" else "0.003")
-        assert [p.step for p in client.get_metric_history(trial.info.run_id, "train/loss")] == list(range(1, 301))
+        assert [p.step for p in client.get_metric_history(trial.info.run_id, "train/loss")] == list(range(1, 201))
         assert trial.data.metrics["study/val_loss"] == pytest.approx(trial.data.metrics["val/loss"], rel=1e-5)
     table = json.loads((whole.figures / "results.json").read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
