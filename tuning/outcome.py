@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from pipelines.config import RunConfig
-from pipelines.environment import cpu_name
+from pipelines.environment import cores, cpu_name
 from pipelines.faults import corrupted_steps
 from pipelines.run_folder import RunFolder, write_json, write_whole
 from tuning.measures import measure
@@ -72,7 +72,9 @@ def conclude(study: StudyConfig, run: StudyRun, config: RunConfig) -> Outcome:
     results = Results(trials, study.arms, study.points())
     verdicts = judge(study, results)
     tokens = config.steps * config.data.global_batch_size * config.data.sequence_length
-    effort = Effort(run.minutes, config.steps, tokens, f"{cpu_name()}, {config.parallel.workers} worker(s) a trial")
+    effort = Effort(
+        run.minutes, config.steps, tokens, f"{cpu_name()}, {cores()} cores; {config.parallel.workers} worker(s) a trial"
+    )
     figures = run.folder.figures
     outcome = Outcome(study, run.info.name, results, verdicts, effort, figures / PICTURE)
     draw_study(study, results, verdicts, outcome.picture)

@@ -116,9 +116,7 @@ def _plain(value: float) -> str:
 
 def _what_was_run(config: StudyConfig, results: Results, effort: Effort) -> str:
     seeds, arms, points = len(results.seeds), len(config.arms), len(config.points())
-    lines = [
-        f"- Blocks: {seeds} of {config.blocks}, in {effort.minutes:,.1f} minutes (budget {config.budget_minutes:g})"
-    ]
+    lines = [f"- Blocks: {seeds} of {config.blocks}, in {effort.minutes:,.1f} minutes"]
     factors = [_counted(seeds, "seed"), f"{arms} arms"]
     if config.grid:
         factors.append(f"{points} values of the grid")

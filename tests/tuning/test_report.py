@@ -56,11 +56,11 @@ def test_figures_are_rounded_by_their_interval(mean: float, half: float, text: s
 
 
 def test_the_section_says_what_was_run() -> None:
-    config = study(["a", "b"], ["val_loss"], grid=True, notes="Read this.", base=["micro", "wide"], budget_minutes=20)
+    config = study(["a", "b"], ["val_loss"], grid=True, notes="Read this.", base=["micro", "wide"])
     text = report(config, 3, lambda _: {"val_loss": 1.0})
     assert text.startswith("## Does it help?\n\nWhether it helps.\n\n")
     for line in (
-        "- Blocks: 3 of 10, in 12.3 minutes (budget 20)",
+        "- Blocks: 3 of 10, in 12.3 minutes",
         "- Grid: `optimizer.lr` at 0.001, 0.003, 0.01",
         "- Trials: 18 (3 seeds × 2 arms × 3 values of the grid), each of 1,500 steps and 1,536,000 tokens",
         "- Model: preset `micro` + `wide`",
