@@ -109,7 +109,12 @@ class StudyTrials:
             self._fail(trial, UserError(f"trial {name}: {ending.reason}"))
             return
         seconds = time.monotonic() - trial.started
-        result = TrialResult(trial.key, measure_trial(trial.folder, trial.config))
+        try:
+            result = TrialResult(trial.key, measure_trial(trial.folder, trial.config))
+        except ValueError as error:
+            # Its first loss was not finite, or every batch was corrupted: with such an arm nothing can be compared.
+            self._fail(trial, UserError(f"trial {name}: {error}"))
+            return
         record = TrialRecord(trial.key, str(trial.folder.path), ending.outcome, round(seconds, 2), trial.max_norm)
         self._run.record(record)
         self._records[trial.key] = record

@@ -83,15 +83,18 @@ def _in_mlflow(store: TrackingStore, run: StudyRun) -> dict[str, Run]:
     return {str(trial.data.tags["arm"]): trial for trial in found}
 
 
-def test_an_arm_that_cannot_be_trained_ends_the_study_and_is_the_one_that_failed(store: TrackingStore) -> None:
-    with _begun(_study(model={"init": {"std": 1.0e30}}), store) as (trials, run, stop):
+@pytest.mark.parametrize(("check", "why"), [(True, "before the first step"), (False, "the first step's loss")])
+def test_an_arm_that_cannot_be_trained_ends_the_study_and_is_the_one_that_failed(
+    store: TrackingStore, check: bool, why: str
+) -> None:
+    with _begun(_study(model={"init": {"std": 1.0e38, "check": check}}), store) as (trials, run, stop):
         _run_all(trials, stop)
         assert isinstance(trials.failure, UserError)
         assert "trial b-s0: " in str(trials.failure)
-        assert "before the first step" in str(trials.failure)
+        assert why in str(trials.failure)
     found = _in_mlflow(store, run)
     assert {arm: trial.info.status for arm, trial in found.items()} == {"a": "FINISHED", "b": "FAILED"}
-    assert "before the first step" in found["b"].data.tags["mlflow.note.content"]
+    assert why in found["b"].data.tags["mlflow.note.content"]
     assert [record.key for record in run.trials] == [TrialKey(0, "a")]
 
 
