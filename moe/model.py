@@ -1,9 +1,11 @@
 """The transformer: embedding, blocks, head, and multi-token prediction.
 
-Shape legend: B sequences, S positions, L = S + 1 + MTP depth, D model width, V vocabulary.
+Shape legend: B sequences, S positions, T = B*S tokens, L = S + 1 + MTP depth, D model width, V vocabulary,
+K experts per token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from moe.layers.ffn import FeedForward
 from moe.layers.linear import Linear
 from moe.layers.moe import MoeLayer
 from moe.layers.norm import RMSNorm
+from moe.layers.positions import Positions
 from moe.layers.router import Routing
 from moe.parallel import Ranks
 
@@ -50,13 +53,16 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size, activation)
 
     def forward(
-        self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None, mask_B1SS: torch.Tensor | None = None
+        self, x_BSD: torch.Tensor, positions: Positions, chosen_TK: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Routing | None]:
-        """[B, S, D] -> the same shape, and the routing if this layer has experts; without a mask, all causal."""
-        x_BSD = x_BSD + self.attention_post_norm(self.attention(self.attention_norm(x_BSD), mask_B1SS))
+        """[B, S, D] -> the same shape, and the routing if this layer has experts.
+
+        ``chosen_TK`` are expert ids to take instead of choosing.
+        """
+        x_BSD = x_BSD + self.attention_post_norm(self.attention(self.attention_norm(x_BSD), positions.mask_B1SS))
         normed = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoeLayer):
-            y_BSD, routing = self.ffn(normed, real_BS)
+            y_BSD, routing = self.ffn(normed, positions, chosen_TK)
             return x_BSD + self.ffn_post_norm(y_BSD), routing
         return x_BSD + self.ffn_post_norm(self.ffn(normed)), None
 
@@ -79,12 +85,12 @@ class MtpBlock(nn.Module):
         self,
         hidden_BSD: torch.Tensor,
         next_embedding_BSD: torch.Tensor,
-        real_BS: torch.Tensor | None,
-        mask_B1SS: torch.Tensor | None = None,
+        positions: Positions,
+        chosen_TK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing | None]:
         """Trunk state (before its final norm) and the next token's embedding -> normalised state, routing."""
         joined = torch.cat((self.hidden_norm(hidden_BSD), self.embed_norm(next_embedding_BSD)), dim=-1)
-        y_BSD, routing = self.block(self.project(joined), real_BS, mask_B1SS)
+        y_BSD, routing = self.block(self.project(joined), positions, chosen_TK)
         return self.norm(y_BSD), routing
 
 
@@ -103,26 +109,35 @@ class Transformer(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = MtpBlock(config, ranks) if config.mtp.depth else None
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        """Predict every position of ``batch``, whose ids are [B, S + 1 + MTP depth]."""
+    def forward(self, batch: Batch, chosen: Sequence[torch.Tensor] | None = None) -> ModelOutput:
+        """Predict every position of ``batch``, whose ids are [B, S + 1 + MTP depth].
+
+        ``chosen`` are expert ids [T, K] for every MoE layer, to take instead of choosing.
+        """
         depth = self.config.mtp.depth if self.mtp is not None else 0
         length = batch.ids_BL.shape[1] - 1 - depth
-        real = None if batch.real_BL is None else batch.real_BL[:, :length]
-        mask = None if batch.documents_BL is None else within_documents(batch.documents_BL[:, :length])
+        positions = Positions(
+            batch.ids_BL[:, :length],
+            None if batch.real_BL is None else batch.real_BL[:, :length],
+            None if batch.documents_BL is None else within_documents(batch.documents_BL[:, :length]),
+        )
+        choices = _choices(chosen)
         embedded_BLD = self.embed(batch.ids_BL[:, : length + depth]).to(self.compute_dtype)
         x_BSD = embedded_BLD[:, :length]
         routings: list[Routing] = []
-        for layer in self.layers:
-            x_BSD, routing = layer(x_BSD, real, mask)
+        for block, layer in enumerate(self.layers):
+            x_BSD, routing = layer(x_BSD, positions, next(choices) if self.config.is_moe_layer(block) else None)
             if routing is not None:
                 routings.append(routing)
         mtp_logits = None
         if self.mtp is not None:
-            # It reads the next token as well, so a position counts as real only if that is.
-            real_ahead = None if batch.real_BL is None else batch.real_BL[:, :length] & batch.real_BL[:, 1 : length + 1]
-            # A position keeps the document of its own token: with the next token's, the first document's last state
-            # would be a key for the second.
-            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], real_ahead, mask)
+            # It reads the next token as well, so a position counts as real only if that is. A position keeps the
+            # document of its own token: with the next token's, the first document's last state would be a key for the
+            # second.
+            if batch.real_BL is not None:
+                real_ahead = batch.real_BL[:, :length] & batch.real_BL[:, 1 : length + 1]
+                positions = replace(positions, real_BS=real_ahead)
+            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], positions, next(choices))
             mtp_logits = self.head(y_BSD)
             if routing is not None:
                 routings.append(routing)
@@ -136,3 +151,10 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoeLayer]:
         """Every layer with experts, in the order of ``ModelOutput.routings`` (the MTP block's last)."""
         return [block.ffn for block in self.blocks() if isinstance(block.ffn, MoeLayer)]
+
+
+def _choices(chosen: Sequence[torch.Tensor] | None) -> Iterator[torch.Tensor | None]:
+    """What each MoE layer in turn is to take; nothing beyond the last."""
+    yield from chosen or ()
+    while True:
+        yield None

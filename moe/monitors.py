@@ -154,7 +154,7 @@ def _hooked(model: Transformer, batch: Batch, gathered: _Gathered) -> Iterator[N
     real = None if batch.real_BL is None else batch.real_BL[:, :length]
 
     def enter(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        gathered.real_BS = args[1]
+        gathered.real_BS = args[1].real_BS
 
     handles: list[RemovableHandle] = [
         model.embed.register_forward_hook(lambda _, args, y: gathered.inputs("embedding", y[:, :length], real)),

@@ -1,6 +1,6 @@
 """The MoE layer: router, dispatch, routed experts and shared experts.
 
-Shape legend: B sequences, S positions, T = B*S tokens, D model width.
+Shape legend: B sequences, S positions, T = B*S tokens, D model width, K experts per token.
 """
 
 import torch
@@ -12,6 +12,7 @@ from moe.layers.dispatch import dispatch_combine
 from moe.layers.experts import Experts
 from moe.layers.ffn import FeedForward
 from moe.layers.norm import RMSNorm
+from moe.layers.positions import Positions
 from moe.layers.router import Router, Routing
 from moe.parallel import Ranks
 
@@ -31,10 +32,16 @@ class MoeLayer(nn.Module):
         shared_size = c.num_shared_experts * c.expert_size
         self.shared = FeedForward(config.hidden_size, shared_size, activation) if shared_size else None
 
-    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor | None) -> tuple[torch.Tensor, Routing]:
-        """[B, S, D] -> the layer's output and its routing; padding is routed like any token but not counted."""
+    def forward(
+        self, x_BSD: torch.Tensor, positions: Positions, chosen_TK: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing]:
+        """[B, S, D] -> the layer's output and its routing; padding is routed like any token but not counted.
+
+        ``chosen_TK`` are expert ids to take instead of choosing.
+        """
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD, None if real_BS is None else real_BS.flatten())
+        real_T = None if positions.real_BS is None else positions.real_BS.flatten()
+        routing = self.router(x_TD, real_T, chosen_TK)
         y_TD = dispatch_combine(
             x_TD, routing.ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks
         )

@@ -42,11 +42,16 @@ class Router(nn.Module):
         # A buffer: no gradient, no decay, in the checkpoint. fp32 because steps of 1e-3 vanish in bf16.
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: torch.Tensor, real_T: torch.Tensor | None = None) -> Routing:
-        """Route tokens [T, D]; ``real_T`` (bool) leaves padding out of the load."""
+    def forward(
+        self, x_TD: torch.Tensor, real_T: torch.Tensor | None = None, chosen_TK: torch.Tensor | None = None
+    ) -> Routing:
+        """Route tokens [T, D]; ``real_T`` (bool) leaves padding out of the load.
+
+        ``chosen_TK`` are expert ids to take instead of choosing: gates and load are then theirs.
+        """
         logits_TE = F.linear(x_TD.float(), self.weight)
         affinity_TE = affinities(logits_TE, self.config.affinity)
-        ids_TK = self.select(affinity_TE.detach())
+        ids_TK = self.select(affinity_TE.detach()) if chosen_TK is None else chosen_TK
         gates_TK = affinity_TE.gather(1, ids_TK)
         if self.config.normalize_gates:
             gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + 1e-20)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from moe.config.model import ModelConfig
+from moe.layers.positions import Positions
 from moe.model import Transformer
 from moe.parallel import Ranks
 
@@ -55,3 +56,8 @@ def build_model(
 def random_ids(sequences: int, length: int, seed: int = 1) -> torch.Tensor:
     """Token ids [sequences, length]."""
     return torch.randint(VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def positions_of(x_BSD: torch.Tensor) -> Positions:
+    """Positions without padding, all of token 0, for vectors [B, S, D]."""
+    return Positions(torch.zeros(x_BSD.shape[:2], dtype=torch.int64))

@@ -9,7 +9,7 @@ from moe.config.trainer import TrainerConfig
 from moe.loss import counted_targets, cross_entropy_sum
 from moe.model import ModelOutput, Transformer
 from moe.trainer import Trainer
-from tests.moe.build import ALONE, VOCABULARY, build_model, random_ids, small_config
+from tests.moe.build import ALONE, VOCABULARY, build_model, positions_of, random_ids, small_config
 
 MHA = {"kind": "mha", "num_heads": 2, "head_dim": 16}
 GROUPS = {"num_groups": 4, "top_groups": 2}
@@ -110,7 +110,8 @@ def test_multi_token_prediction_is_the_papers(changes: dict[str, Any]) -> None:
         output = model(Batch(ids))
         hidden, ahead = trunk[0], model.embed.weight[ids[:, 1:13]]
         normed = plain_norm(hidden, model.mtp.hidden_norm.weight), plain_norm(ahead, model.mtp.embed_norm.weight)
-        state, _ = model.mtp.block(torch.cat(normed, dim=-1) @ model.mtp.project.weight.T, None)
+        joined = torch.cat(normed, dim=-1) @ model.mtp.project.weight.T
+        state, _ = model.mtp.block(joined, positions_of(joined))
         expected = plain_norm(state, model.mtp.norm.weight) @ model.head.weight.T
     torch.testing.assert_close(output.mtp_logits, expected, rtol=1e-5, atol=1e-5)
 

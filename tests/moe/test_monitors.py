@@ -14,7 +14,7 @@ from moe.model import Block, Transformer
 from moe.monitors import Measurements, measure
 from moe.routing_stats import bias_range, mean_pairwise_cosine
 from tests.distributed import run_distributed
-from tests.moe.build import ALONE, build_model, small_config
+from tests.moe.build import ALONE, build_model, positions_of, small_config
 from tests.moe.tiny import MTP, PADDED, global_batch, load, same_bits, saved, tiny_config, tiny_trainer, weights
 
 HEALTH = ("activation/residual_rms", "attention/logit_max", "activation/expert_max", "activation/expert_kurtosis")
@@ -81,7 +81,7 @@ def plain(model: Transformer, batch: Batch, kind: str) -> dict[str, list[float]]
         middle = x + block.attention(normed, mask)
         inputs = block.ffn_norm(middle)
         if isinstance(block.ffn, MoeLayer):
-            y, routing = block.ffn(inputs, None)
+            y, routing = block.ffn(inputs, positions_of(inputs))
             values = []
             for token, chosen in zip(inputs[counted], routing.ids_TK[counted.flatten()].tolist(), strict=True):
                 for expert in chosen:

@@ -8,7 +8,7 @@ import torch
 from moe.config.model import ModelConfig
 from moe.layers.moe import MoeLayer
 from moe.model import Block
-from tests.moe.build import ALONE, build_model, small_config
+from tests.moe.build import ALONE, build_model, positions_of, small_config
 
 PLACEMENTS = ["pre", "sandwich", "reordered"]
 
@@ -34,7 +34,7 @@ def test_each_sub_layer_is_normed_where_the_placement_says(placement: str, layer
     block, x = block_of(config, layer), states(config)
     gains = {name: p for name, p in block.named_parameters() if name.endswith("norm.weight") and name.count(".") == 1}
     with torch.no_grad():
-        y, _ = block(x, None)
+        y, _ = block(x, positions_of(x))
         for norm, sub_layer in (("attention", block.attention), ("ffn", lambda x: feed_forward(block, x))):
             out = x if placement == "reordered" else normed(x, gains[f"{norm}_norm.weight"])
             out = sub_layer(out)
@@ -44,7 +44,7 @@ def test_each_sub_layer_is_normed_where_the_placement_says(placement: str, layer
 
 
 def feed_forward(block: Block, x: torch.Tensor) -> torch.Tensor:
-    y = block.ffn(x, None)[0] if isinstance(block.ffn, MoeLayer) else block.ffn(x)
+    y = block.ffn(x, positions_of(x))[0] if isinstance(block.ffn, MoeLayer) else block.ffn(x)
     assert isinstance(y, torch.Tensor)
     return y
 
@@ -67,10 +67,10 @@ def test_the_routed_sum_is_normed_before_shared_experts_are_added(shared: int) -
     plain.load_state_dict(state)
     x = states(config)
     with torch.no_grad():
-        expected = normed(plain(x, None)[0], layer.state_dict()["output_norm.weight"])
+        expected = normed(plain(x, positions_of(x))[0], layer.state_dict()["output_norm.weight"])
         if layer.shared is not None:
             expected = expected + layer.shared(x)
-        torch.testing.assert_close(layer(x, None)[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x, positions_of(x))[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_start_far_below_the_norms_epsilon_is_not_raised_to_one() -> None:
