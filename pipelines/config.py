@@ -101,6 +101,9 @@ class ValidationConfig(Config):
     """Optimizer steps between validations; the last step is always validated."""
     max_tokens: PositiveInt = 262_144
     """At most this many held-out tokens are read, in windows spread evenly over the held-out part."""
+    per_token: bool = False
+    """Whether the end of training leaves ``tokens.npz`` in the run's folder: of every token that is read its id, the
+    loss of predicting the next one (nats) and the real experts that it passes, over all MoE layers."""
 
 
 class CheckpointConfig(Config):

@@ -116,6 +116,8 @@ class StepDone:
     """What one step of a run was, on any rank."""
 
     report: Report
+    seconds: float
+    """Of the step alone, on this rank."""
     validation: Mapping[str, float] | None = None
     """Where the step was followed by a validation."""
 
@@ -206,10 +208,11 @@ def _steps(
         if trainer.ranks.rank == 0 and folder.stop.exists():
             trainer.request("stop")
         report = trainer.step()
-        recorder.step(report, time.perf_counter() - clock)
+        seconds = time.perf_counter() - clock
+        recorder.step(report, seconds)
         if not report.taken:
             keeper.event(f"non-finite at step {report.step}")
-            yield StepDone(report)
+            yield StepDone(report, seconds)
             return Ending("diverged", report.step, f"loss or gradient was not finite at step {report.step}")
         keeper.step_taken()
         last, stop = report.step == steps, "stop" in report.requests
@@ -221,7 +224,7 @@ def _steps(
             keeper.save(required=True)
         elif "save" in report.requests or (every and report.step % every == 0):
             keeper.save(required=False)
-        yield StepDone(report, validation)
+        yield StepDone(report, seconds, validation)
         if stop and not last:
             return Ending("stopped", report.step, f"asked to stop at step {report.step}")
     return Ending("finished", steps)

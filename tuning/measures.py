@@ -44,6 +44,8 @@ def measure(series: Series, config: TrainerConfig, excluded_steps: Set[int] = fr
     if series.outcome not in ("finished", "diverged"):
         raise ValueError(f"only a run that finished or diverged has measures, and this one was {series.outcome}")
     measures = _losses(series, excluded_steps)
+    seconds = series.step_seconds
+    measures |= {"steps": float(series.steps), "step_ms": 1e3 * seconds, "train_seconds": series.steps * seconds}
     warmup = warmup_steps(config)
     scores = {"loss_spikes": "train/loss", "grad_spikes": "train/grad_norm"}
     for name, metric in scores.items():
@@ -94,7 +96,10 @@ def _balance(series: Series, config: TrainerConfig, excluded_steps: Set[int]) ->
     moe, timeline = config.model.moe, Timeline(config)
     moments = [timeline.at(int(step) - 1) for step in steps]
     floors = [noise_floor(moe.num_experts, moe.top_k, m.global_batch_size * m.sequence_length) for m in moments]
+    # Without the metric every token has as many.
+    _, real_experts = _counted(series.train.get("moe/real_experts_mean", [float(moe.top_k)]), excluded_steps)
     return {
+        "real_experts_mean": float(_last(real_experts, 50, series.steps).mean()),
         "max_vio_early": float(max_vio[: _percent(10, series.steps)].mean()),
         "max_vio_late": float(_last(max_vio, 10, series.steps).mean()),
         "max_vio_late_std": float(_last(max_vio, 20, series.steps).std()),
