@@ -15,7 +15,7 @@ class ParameterCount:
 
     total: int
     active: int
-    """All but the routed experts that a token does not pass."""
+    """All but the routed experts that a token does not pass; where their number varies, at its intended mean."""
     active_without_embedding: int
     """``active`` less the input embedding, which is looked up rather than multiplied."""
 
@@ -27,7 +27,7 @@ def _count(config: ModelConfig) -> ParameterCount:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
-    idle = routed // config.moe.num_experts * (config.moe.num_experts - config.moe.top_k) if routed else 0
+    idle = round(routed // config.moe.num_experts * (config.moe.num_experts - config.moe.mean_experts)) if routed else 0
     return ParameterCount(total, total - idle, total - idle - sizes["embed.weight"])
 
 

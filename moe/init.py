@@ -11,6 +11,7 @@ import torch
 
 from moe.config.model import InitConfig
 from moe.layers.norm import RMSNorm
+from moe.layers.selection import starting_bias
 from moe.model import Transformer
 from moe.parallel import Ranks
 
@@ -37,7 +38,10 @@ def standard_deviation(name: str, config: InitConfig, num_layers: int) -> float:
 
 @torch.no_grad()
 def initialise(model: Transformer, config: InitConfig, seed: int, ranks: Ranks) -> None:
-    """Fill ``model`` in place: matrices from N(0, ``standard_deviation``^2), norm gains 1, expert biases 0."""
+    """Fill ``model`` in place: matrices from N(0, ``standard_deviation``^2), norm gains 1, expert biases 0.
+
+    Where biases are thresholds they start as ``starting_bias``.
+    """
     gains = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
     for name, parameter in model.named_parameters():
         std = standard_deviation(name, config, model.config.num_layers)
@@ -50,4 +54,4 @@ def initialise(model: Transformer, config: InitConfig, seed: int, ranks: Ranks) 
         else:
             _normal_(parameter, std, seed, name)
     for layer in model.moe_layers():
-        layer.router.expert_bias_E.zero_()
+        layer.router.expert_bias_E.fill_(starting_bias(model.config))

@@ -22,6 +22,7 @@ from moe.layers.attention import Attention
 from moe.layers.dispatch import dispatch_combine
 from moe.layers.moe import MoeLayer
 from moe.layers.router import Routing
+from moe.layers.selection import real_choices
 from moe.model import Transformer
 from moe.parallel import Ranks
 
@@ -200,7 +201,8 @@ def _after_moe(gathered: _Gathered, layer: int, module: MoeLayer, args: Any, out
     x_TD = _counted(args[0], real_T)
     gathered.inputs(f"router_input.{layer}", x_TD, None)
     gathered.squares(f"router_logits.{layer}", routing.logits_TE, real_T)
-    ids_TK, gates_TK = (x if real_T is None else x[real_T] for x in (routing.ids_TK, routing.gates_TK))
+    choices_TK = real_choices(routing.ids_TK, module.router.config)
+    ids_TK, gates_TK = (x if real_T is None else x[real_T] for x in (choices_TK, routing.gates_TK))
 
     def watch(rows: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         a_PF = module.experts.activations(rows, ids).double()

@@ -1,8 +1,9 @@
 """Figures about routing, from the counts and logits of a step.
 
-Shape legend: M MoE layers, E routed experts, T tokens.
+Shape legend: M MoE layers, E experts (identity experts last), T tokens.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,19 @@ def mean_pairwise_cosine(unit_sum_MD: torch.Tensor, experts: int) -> torch.Tenso
     return (unit_sum_MD.double().square().sum(dim=1) - experts) / (experts * (experts - 1))
 
 
+def real_expert_figures(sums: torch.Tensor, decisions: float) -> dict[str, float]:
+    """Mean and standard deviation of the experts with weights of a token in a layer, and the share that has none.
+
+    ``sums`` are ``RoutingStats.real_experts`` over all ranks, ``decisions`` the number of tokens times layers in them.
+    """
+    mean, square, none = (value / max(1.0, decisions) for value in sums.tolist())
+    return {
+        "moe/real_experts_mean": mean,
+        "moe/real_experts_std": math.sqrt(max(0.0, square - mean**2)),
+        "moe/real_experts_none": none,
+    }
+
+
 class RoutingStats:
     """Sums over the micro-batches of a step. Everything stays on the device until the step's one synchronisation."""
 
@@ -43,6 +57,9 @@ class RoutingStats:
         """Largest absolute router logit of a real token."""
         self.decisions = torch.zeros((), dtype=torch.float64, device=device)
         """Real tokens times layers."""
+        self.real_experts: torch.Tensor | None = None
+        """Where tokens differ in their number of experts with weights: sums over real tokens and layers of that number,
+        of its square and of those that have none, fp64 [3]."""
 
     @torch.no_grad()
     def add(self, routings: Sequence[Routing]) -> None:
@@ -59,4 +76,13 @@ class RoutingStats:
                 entropy_T, logit_T = (x_T.masked_fill(~routing.real_T, 0.0) for x_T in (entropy_T, logit_T))
             self.entropy += entropy_T.sum()
             self.logit_max = torch.maximum(self.logit_max, logit_T.amax())
+            if routing.experts_T is not None:
+                self._count_experts(routing.experts_T, routing.real_T)
             self.decisions += logit_T.numel() if routing.real_T is None else routing.real_T.sum()
+
+    def _count_experts(self, experts_T: torch.Tensor, real_T: torch.Tensor | None) -> None:
+        sums_T = torch.stack((experts_T, experts_T.square(), (experts_T == 0).long()))
+        if real_T is not None:
+            sums_T = sums_T * real_T
+        sums = sums_T.sum(dim=1).double()
+        self.real_experts = sums if self.real_experts is None else self.real_experts + sums

@@ -23,7 +23,7 @@ from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
-from moe.routing_stats import RoutingStats, bias_range, max_violation, mean_pairwise_cosine
+from moe.routing_stats import RoutingStats, bias_range, max_violation, mean_pairwise_cosine, real_expert_figures
 from moe.schedule import Moment, Timeline
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
@@ -62,7 +62,7 @@ class Evaluation:
     """Nats over all predicted tokens."""
     tokens: int
     counts_ME: torch.Tensor | None
-    """Tokens sent to each expert, int64 [MoE layers, experts]; None for a dense model."""
+    """Tokens sent to each expert, identity experts left out, int64 [MoE layers, experts]; None for a dense model."""
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Trainer:
         if self._is_time_to_measure(moment, finite):
             health = measure(self.model, micro_batches[0], self.ranks)
             metrics |= health.headline()
-        layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
+        layer_max_vio = tuple(max_violation(self._with_weights(load.counts_ME)).tolist()) if load is not None else ()
         return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, health)
 
     def _is_time_to_measure(self, moment: Moment, finite: bool) -> bool:
@@ -198,7 +198,7 @@ class Trainer:
         if routing.counts_ME is None:
             return metrics, None, requests
         load = StepLoad(self.ranks.sum_over_world(routing.counts_ME))
-        violation_M = max_violation(load.counts_ME)
+        violation_M = max_violation(self._with_weights(load.counts_ME))
         metrics |= {
             "moe/max_vio_batch": float(violation_M.mean()),
             "moe/max_vio_batch_worst": float(violation_M.max()),
@@ -207,7 +207,13 @@ class Trainer:
             "train/ep_bytes_per_token": payload / counts.tokens,
             "train/ep_metadata_bytes_per_token": metadata / counts.tokens,
         }
+        if routing.real_experts is not None:
+            metrics |= real_expert_figures(self.ranks.sum_over_world(routing.real_experts), decisions)
         return metrics, load, requests
+
+    def _with_weights(self, counts_ME: torch.Tensor) -> torch.Tensor:
+        """Load of the experts with weights: how many tokens go to identity experts is nobody's burden."""
+        return counts_ME[:, : self.config.model.moe.num_experts]
 
     @torch.no_grad()
     def _update(self, norms: GradientNorms, load: StepLoad | None, moment: Moment) -> dict[str, float]:
@@ -257,7 +263,9 @@ class Trainer:
             routing.add(output.routings)
         total = self.ranks.sum_over_world(torch.stack((loss_sum, loss_sum.new_tensor(tokens)))).tolist()
         release_gathered(self.model)
-        counts_ME = None if routing.counts_ME is None else self.ranks.sum_over_world(routing.counts_ME)
+        counts_ME = None
+        if routing.counts_ME is not None:
+            counts_ME = self._with_weights(self.ranks.sum_over_world(routing.counts_ME))
         return Evaluation(total[0], int(total[1]), counts_ME)
 
     def request(self, request: Request) -> None:

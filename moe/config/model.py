@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from moe.config.activation import ActivationConfig, SwigluConfig
 from moe.config.base import Config
+from moe.config.selection import SelectionConfig, ThresholdSelectionConfig, TopKSelectionConfig
 
 # DeepSeek-V3 scores a group by its two best experts (arXiv 2412.19437, section 2.1.2 and the released inference code).
 EXPERTS_PER_GROUP_SCORE = 2
@@ -93,6 +94,39 @@ class MoeConfig(Config):
     """RMSNorm on the routed experts' weighted sum, before the shared experts are added (Kimi K3, arXiv 2607.24653,
     unconfirmed; there it stands before an up-projection that this model does not have). What multiplies all gates of a
     token is normed away; their ratios are left."""
+    selection: SelectionConfig = TopKSelectionConfig()
+    num_identity_experts: NonNegativeInt = 0
+    """Further experts, without weights, that give back what they are given (zero-computation experts, LongCat-Flash,
+    arXiv 2509.01322, section 2.1). They are among those that top_k chooses from, so tokens differ in how many experts
+    with weights they pass. Their gates count among those that normalize_gates divides."""
+    experts_per_token: PositiveFloat | None = None
+    """Mean number of experts with weights that a token is to pass, beside identity experts (K_e in LongCat-Flash):
+    stability.balance.kind=budget holds it. Null takes the share of an even load over all experts,
+    top_k * num_experts / (num_experts + num_identity_experts)."""
+
+    @property
+    def router_outputs(self) -> int:
+        """Experts that the router chooses from; the last num_identity_experts of them are identities."""
+        return self.num_experts + self.num_identity_experts
+
+    @property
+    def max_choices(self) -> int:
+        """Most experts of one token, identities included."""
+        if isinstance(self.selection, ThresholdSelectionConfig):
+            return self.selection.max_experts or min(2 * self.top_k, self.num_experts)
+        return self.top_k
+
+    @property
+    def mean_experts(self) -> float:
+        """Experts with weights that a token is to pass on average."""
+        if self.experts_per_token is not None:
+            return self.experts_per_token
+        return self.top_k * self.num_experts / self.router_outputs if self.num_identity_experts else self.top_k
+
+    @property
+    def experts_vary(self) -> bool:
+        """Whether tokens differ in how many experts with weights they pass."""
+        return self.num_identity_experts > 0 or isinstance(self.selection, ThresholdSelectionConfig)
 
     @model_validator(mode="after")
     def _output_norm_has_an_effect_and_no_rival(self) -> "MoeConfig":
@@ -110,7 +144,7 @@ class MoeConfig(Config):
     def _selection_is_possible(self) -> "MoeConfig":
         if self.num_experts == 0:
             return self
-        if self.top_k > self.num_experts:
+        if self.top_k > self.router_outputs:
             raise ValueError(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})")
         if self.num_experts % self.num_groups:
             raise ValueError(f"num_experts ({self.num_experts}) is not divisible by num_groups ({self.num_groups})")
@@ -126,6 +160,56 @@ class MoeConfig(Config):
             raise ValueError(
                 f"a group is scored by its {EXPERTS_PER_GROUP_SCORE} best experts, "
                 f"but num_experts / num_groups is {per_group}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _identity_experts_leave_a_choice(self) -> "MoeConfig":
+        wanted, identities = self.experts_per_token, self.num_identity_experts
+        if identities == 0:
+            if wanted is not None:
+                raise ValueError(
+                    f"experts_per_token ({wanted}) has no effect, since num_identity_experts is 0 and every token "
+                    f"passes top_k ({self.top_k}); leave it out"
+                )
+            return self
+        if self.num_experts == 0:
+            raise ValueError(f"num_identity_experts is {identities}, but num_experts is 0: set it to 0")
+        if self.top_groups < self.num_groups:
+            raise ValueError(
+                f"num_identity_experts is {identities}, and identities are in no group: set top_groups to num_groups "
+                f"({self.num_groups})"
+            )
+        if self.top_k >= self.router_outputs:
+            raise ValueError(
+                f"top_k ({self.top_k}) takes every expert, identities included; make it less than num_experts + "
+                f"num_identity_experts ({self.router_outputs})"
+            )
+        least, most = max(0, self.top_k - identities), min(self.top_k, self.num_experts)
+        if not least < self.mean_experts < most:
+            raise ValueError(
+                f"experts_per_token must be above {least} and below {most}, got {wanted}: of top_k ({self.top_k}) "
+                f"choices at most num_identity_experts ({identities}) are identities"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_can_be_held(self) -> "MoeConfig":
+        if not isinstance(self.selection, ThresholdSelectionConfig):
+            return self
+        name, most = "selection.kind is threshold", self.selection.max_experts
+        if self.num_experts == 0:
+            raise ValueError(f"{name}, but num_experts is 0: set it to top_k")
+        if self.num_identity_experts:
+            raise ValueError(f"{name}, which varies the number of experts by itself; set num_identity_experts to 0")
+        if self.top_groups < self.num_groups:
+            raise ValueError(f"{name}, which knows no groups: set top_groups to num_groups ({self.num_groups})")
+        if self.top_k >= self.num_experts:
+            raise ValueError(f"{name}, but top_k is num_experts ({self.top_k}), so every expert is always taken")
+        if most is not None and not self.top_k < most <= self.num_experts:
+            raise ValueError(
+                f"selection.max_experts ({most}) must be above top_k ({self.top_k}), the mean number, and at most "
+                f"num_experts ({self.num_experts})"
             )
         return self
 

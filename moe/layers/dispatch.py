@@ -90,13 +90,14 @@ def dispatch_combine(
 ) -> torch.Tensor:
     """Send each token to the ranks of its experts, run them there, return the gate-weighted sums [T, D].
 
-    ``ids_TK`` are global expert ids. With one rank this is ``run_experts`` itself. Every rank of the group must call
-    it the same number of times; a rank may send or receive no row at all.
+    ``ids_TK`` are global expert ids, -1 for no expert, which sends nothing. With one rank this is ``run_experts``
+    itself. Every rank of the group must call it the same number of times; a rank may send or receive no row at all.
     """
     if ranks.ep == 1:
         return run_experts(x_TD, ids_TK, gates_TK)
-    owner_TK = ids_TK // experts_per_rank
-    needed_WT = F.one_hot(owner_TK, ranks.ep).amax(dim=1).t()
+    # No expert has an owner beyond the last rank.
+    owner_TK = (ids_TK // experts_per_rank).masked_fill(ids_TK < 0, ranks.ep)
+    needed_WT = F.one_hot(owner_TK, ranks.ep + 1)[..., : ranks.ep].amax(dim=1).t()
     rank_R, token_R = needed_WT.nonzero(as_tuple=True)
     order_R = token_R.argsort(stable=True)
     starts = F.pad(needed_WT.sum(dim=0).cumsum(0), (1, 0))

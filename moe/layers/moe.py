@@ -14,11 +14,15 @@ from moe.layers.ffn import FeedForward
 from moe.layers.norm import RMSNorm
 from moe.layers.positions import Positions
 from moe.layers.router import Router, Routing
+from moe.layers.selection import identity_sum, real_choices
 from moe.parallel import Ranks
 
 
 class MoeLayer(nn.Module):
-    """Each token passes its top-k routed experts, weighted, and all shared experts. No token is dropped."""
+    """Each token passes the routed experts that it chose, weighted, and all shared experts. No token is dropped.
+
+    Identity experts are routed experts too: their share is part of the sum that ``output_norm`` norms.
+    """
 
     def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
         super().__init__()
@@ -42,9 +46,12 @@ class MoeLayer(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         real_T = None if positions.real_BS is None else positions.real_BS.flatten()
         routing = self.router(x_TD, real_T, chosen_TK)
-        y_TD = dispatch_combine(
-            x_TD, routing.ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks
-        )
+        c = self.router.config
+        ids_TK = real_choices(routing.ids_TK, c)
+        y_TD = dispatch_combine(x_TD, ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks)
+        if c.num_identity_experts:
+            # Here, on the token's own rank: what computes nothing need not travel.
+            y_TD = y_TD + identity_sum(x_TD, routing.ids_TK, routing.gates_TK, c)
         # After the combine: every rank norms whole sums, however the experts are divided.
         y_TD = self.output_norm(y_TD)
         if self.shared is not None:

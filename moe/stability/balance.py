@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 
 from moe.config.balance import (
+    BudgetBalanceConfig,
     NoBalanceConfig,
     ProportionalBalanceConfig,
     QuantileBalanceConfig,
     SignBalanceConfig,
     SmebuBalanceConfig,
+    ThresholdBalanceConfig,
 )
 from moe.config.base import Config
 from moe.config.model import ModelConfig
@@ -23,8 +25,10 @@ from moe.layers.router import Router
 from moe.parallel import Ranks
 from moe.schedule import Moment, staged
 from moe.stability.bias import move_bias, relative_shortage, update_factor
+from moe.stability.budget import BudgetBalance
 from moe.stability.quantile_balance import QuantileBalance
 from moe.stability.technique import StepLoad, Technique
+from moe.stability.threshold_balance import ThresholdBalance
 
 
 class SignBalance(Technique):
@@ -101,4 +105,6 @@ BALANCE: dict[type[Config], type[Technique]] = {
     ProportionalBalanceConfig: ProportionalBalance,
     SmebuBalanceConfig: SmebuBalance,
     QuantileBalanceConfig: QuantileBalance,
+    BudgetBalanceConfig: BudgetBalance,
+    ThresholdBalanceConfig: ThresholdBalance,
 }

@@ -32,8 +32,14 @@ def move_bias(bias_E: torch.Tensor, update_E: torch.Tensor, factor: float) -> No
     """
     if factor == 0.0:
         return
-    bias_E.add_(update_E, alpha=factor)
+    shift_bias(bias_E, update_E, factor)
     bias_E.sub_(bias_E.double().mean())
+
+
+def shift_bias(bias_E: torch.Tensor, update_E: torch.Tensor, factor: float) -> None:
+    """``bias += factor * update``, in place, without recentring; a factor of 0 leaves every bit as it is."""
+    if factor != 0.0:
+        bias_E.add_(update_E, alpha=factor)
 
 
 def relative_shortage(count_E: torch.Tensor) -> torch.Tensor:

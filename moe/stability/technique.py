@@ -53,7 +53,10 @@ class GradientNorms:
 
 @dataclass(frozen=True)
 class StepLoad:
-    """Tokens sent to each expert in one optimizer step, int64 [M, E], over all micro-batches and ranks."""
+    """Tokens sent to each expert in one optimizer step, int64 [M, E], over all micro-batches and ranks.
+
+    Identity experts are the last of the E.
+    """
 
     counts_ME: torch.Tensor
 
