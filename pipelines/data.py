@@ -153,9 +153,17 @@ class ValidationBatches:
         """Batches of each rank."""
         return -(-len(self.windows) // (self._rows * self._world))
 
+    @property
+    def first_targets(self) -> list[int]:
+        """Of each of this rank's batches, which of ``num_targets`` its first is."""
+        return [window * self._dataset.sequence_length for window in self._first_windows]
+
+    @property
+    def _first_windows(self) -> list[int]:
+        return [(number * self._world + self._rank) * self._rows for number in range(len(self))]
+
     def __iter__(self) -> Iterator[Batch]:
-        for number in range(len(self)):
-            first = (number * self._world + self._rank) * self._rows
+        for first in self._first_windows:
             ids_BL = self._dataset.read(self.windows[first : first + self._rows])
             if len(ids_BL) == self._rows:
                 yield _batch(ids_BL, None, self._data, self._dataset)

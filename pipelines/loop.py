@@ -30,6 +30,7 @@ from pipelines.run_folder import RunFolder
 from pipelines.run_lock import RunBusyError, writer_lock
 from pipelines.shards import Shards
 from pipelines.spool import START, TRAIN, VALIDATION, SpoolReader, SpoolWriter
+from pipelines.token_table import tabulate
 
 # How long a worker waits for one that a killed command has left behind; Ray ends those within seconds.
 _PREDECESSOR_S = 60.0
@@ -220,6 +221,10 @@ def _steps(
         if report.step % config.validation.every_steps == 0 or last:
             validation = validate(trainer, held_out)
             recorder.validation(report.step, validation)
+        if last and config.validation.per_token:
+            table = tabulate(trainer, held_out)
+            if trainer.ranks.rank == 0:
+                table.write(folder.tokens)
         if stop or (last and config.checkpoint.at_end):
             keeper.save(required=True)
         elif "save" in report.requests or (every and report.step % every == 0):

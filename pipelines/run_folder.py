@@ -85,7 +85,7 @@ class RunFolder:
 
     @property
     def tokens(self) -> Path:
-        """Figures of every validation token, if ``validation.per_token``: `pipelines.token_figures`."""
+        """Figures of every validation token, if ``validation.per_token``: `pipelines.token_table`."""
         return self.path / "tokens.npz"
 
     @property

@@ -95,7 +95,10 @@ def _balance(series: Series, config: TrainerConfig, excluded_steps: Set[int]) ->
         return {}
     moe, timeline = config.model.moe, Timeline(config)
     moments = [timeline.at(int(step) - 1) for step in steps]
-    floors = [noise_floor(moe.num_experts, moe.top_k, m.global_batch_size * m.sequence_length) for m in moments]
+    floors = [
+        noise_floor(moe.num_experts, max(1, round(moe.mean_experts)), m.global_batch_size * m.sequence_length)
+        for m in moments
+    ]
     # Without the metric every token has as many.
     _, real_experts = _counted(series.train.get("moe/real_experts_mean", [float(moe.top_k)]), excluded_steps)
     return {

@@ -11,7 +11,7 @@ from pipelines.config import RunConfig
 from pipelines.environment import cores, cpu_name
 from pipelines.faults import corrupted_steps
 from pipelines.run_folder import RunFolder, write_json, write_whole
-from pipelines.token_figures import TokenFigures
+from pipelines.token_table import TokenTable
 from tuning.measures import measure
 from tuning.recording import read_series
 from tuning.report import Effort, replace_section, write_report
@@ -20,7 +20,7 @@ from tuning.study_config import StudyConfig
 from tuning.study_figure import draw_study
 from tuning.study_loading import trial_config
 from tuning.study_run import StudyRun
-from tuning.token_allocation import complexity, most_experts, spread
+from tuning.token_allocation import complexity, picks_of, spread
 from tuning.verdict import ClaimVerdict, judge
 
 PICTURE = "study.png"
@@ -30,7 +30,7 @@ def measure_trial(folder: RunFolder, config: RunConfig) -> dict[str, float]:
     """The measures of a trial from what it left in its folder, but for those that take other trials."""
     measures = measure(read_series(folder), config, corrupted_steps(config))
     if config.model.moe.num_experts and folder.tokens.exists():
-        measures["real_experts_spread"] = spread(TokenFigures.read(folder.tokens).experts_T, most_experts(config.model))
+        measures["real_experts_spread"] = spread(TokenTable.read(folder.tokens).experts_T, picks_of(config.model))
     return measures
 
 
@@ -45,7 +45,7 @@ def complexities(reference: str, folders: Mapping[TrialKey, RunFolder]) -> dict[
     for key, folder in folders.items():
         judge_folder = folders.get(TrialKey(others[key.seed], reference, key.point)) if key.seed in others else None
         if judge_folder is not None and folder.tokens.exists() and judge_folder.tokens.exists():
-            own, hard = TokenFigures.read(folder.tokens), TokenFigures.read(judge_folder.tokens)
+            own, hard = TokenTable.read(folder.tokens), TokenTable.read(judge_folder.tokens)
             found[key] = complexity(own.ids_T, own.experts_T, hard.losses_T)
     return found
 

@@ -14,9 +14,13 @@ from moe.config.model import ModelConfig
 _TENTHS = 10
 
 
-def most_experts(model: ModelConfig) -> int:
-    """Real experts that a token can pass at most, over all MoE layers."""
-    return model.num_moe_layers * model.moe.top_k
+def picks_of(model: ModelConfig) -> int:
+    """Independent picks that a token's real experts are compared with, over all MoE layers.
+
+    Of the choices that a token has, each may fall on a real expert; with thresholds every expert may be taken or not.
+    """
+    picks = model.moe.num_experts if model.moe.selection.kind == "threshold" else model.moe.top_k
+    return picks * sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
 
 
 def spread(experts_T: npt.NDArray[np.int32], choices: int) -> float:

@@ -9,10 +9,15 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from moe.token_figures import token_figures
+from moe.trainer import Trainer
+from pipelines.data import ValidationBatches
 
 
 @dataclass(frozen=True)
-class TokenFigures:
+class TokenTable:
     """Three columns."""
 
     ids_T: npt.NDArray[np.int32]
@@ -34,3 +39,15 @@ class TokenFigures:
         """Inverse of `write`."""
         with np.load(path, allow_pickle=False) as columns:
             return cls(columns["ids"], columns["losses"], columns["experts"])
+
+
+def tabulate(trainer: Trainer, held_out: ValidationBatches) -> TokenTable:
+    """The figures of every validation token, the same on every rank. Collective; training state is not touched."""
+    table_3T = torch.zeros((3, held_out.num_targets), dtype=torch.float64, device=trainer.ranks.device)
+    for first, batch in zip(held_out.first_targets, held_out, strict=True):
+        figures = token_figures(trainer.model, batch.to(trainer.ranks.device))
+        rows = (figures.ids_T, figures.losses_T, figures.real_experts_T)
+        table_3T[:, first : first + len(figures.ids_T)] = torch.stack([row.double() for row in rows])
+    # Every token is one rank's, so that sums are plain copies.
+    ids, losses, experts = trainer.ranks.sum_over_world(table_3T).cpu().numpy()
+    return TokenTable(ids.astype(np.int32), losses.astype(np.float32), experts.astype(np.int32))
