@@ -100,7 +100,8 @@ def _balance(series: Series, config: TrainerConfig, excluded_steps: Set[int]) ->
         for m in moments
     ]
     # Without the metric every token has as many.
-    _, real_experts = _counted(series.train.get("moe/real_experts_mean", [float(moe.top_k)]), excluded_steps)
+    every_step = series.train.get("moe/real_experts_mean", [float(moe.top_k)] * len(series.train["train/loss"]))
+    _, real_experts = _counted(every_step, excluded_steps)
     return {
         "real_experts_mean": float(_last(real_experts, 50, series.steps).mean()),
         "max_vio_early": float(max_vio[: _percent(10, series.steps)].mean()),
