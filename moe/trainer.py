@@ -18,7 +18,7 @@ from moe.init import initialise
 from moe.loss import counted_targets, cross_entropy_sum
 from moe.model import Transformer
 from moe.monitors import Measurements, measure
-from moe.optim import AdamW
+from moe.optim import build_optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
@@ -29,7 +29,6 @@ from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.start_check import check_start
 from moe.state import TrainingState
-from moe.units import Units
 
 Request = Literal["stop", "save"]
 _REQUESTS: tuple[Request, ...] = ("stop", "save")
@@ -92,7 +91,7 @@ class Trainer:
         if sharded:
             shard_dense_parameters(self.model, ranks)
         self.parameters = ParameterSet(self.model, ranks, dense_is_sharded=sharded)
-        self.optimizer = AdamW(self.parameters.all, config.optimizer, Units(self.parameters.all, ranks))
+        self.optimizer = build_optimizer(config.optimizer, self.parameters)
         self.techniques = build_techniques(config.stability, config.model, ranks)
         for technique in self.techniques.values():
             technique.before_training(self.parameters)

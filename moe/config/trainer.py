@@ -7,10 +7,10 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from moe.config.balance import balance_problem
 from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
-from moe.config.clip import GroupClipConfig
+from moe.config.clip import GroupClipConfig, SpamClipConfig
 from moe.config.model import ModelConfig
 from moe.config.monitors import MonitorsConfig
-from moe.config.optimizer import AdamwConfig, OptimizerConfig
+from moe.config.optimizer import AdamwConfig, MuonConfig, OptimizerConfig
 from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
 from moe.config.stability import StabilityConfig
 
@@ -112,6 +112,15 @@ class TrainerConfig(Config):
             unused.append("optimizer.decay_router")
         if unused:
             raise ValueError(f"{unused[0]} has no effect, since model.moe.num_experts is 0; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _clip_has_its_moments(self) -> "TrainerConfig":
+        if isinstance(self.stability.clip, SpamClipConfig) and isinstance(self.optimizer, MuonConfig):
+            raise ValueError(
+                "stability.clip.kind is spam, which clips against the second moment of every parameter, but "
+                "optimizer.kind is muon, which keeps none of matrices; set clip.kind to stable_spam, which needs none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.layers.router import Router, Routing
 from moe.model import ModelOutput
-from moe.optim import AdamW
+from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.schedule import Moment
@@ -89,7 +89,7 @@ class Technique:
         return {}
 
     def on_gradients(
-        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: Optimizer, moment: Moment
     ) -> dict[str, float]:
         """Change reduced gradients in place before the update; returns figures to report."""
         return {}

@@ -42,7 +42,7 @@ _BASE: dict[str, Any] = {
         "init": {"std": 0.06},
     },
     # A large eps keeps AdamW smooth: with 1e-8 the sign of a gradient of 1e-9 decides a whole step of a weight.
-    "optimizer": {"lr": 5e-3, "eps": 1e-3},
+    "optimizer": {"kind": "adamw", "lr": 5e-3, "eps": 1e-3},
     "schedule": {"kind": "simple", "steps": 20, "warmup_steps": 2},
     "stability": {
         "balance": {"kind": "sign", "bias_update_rate": 1e-2},
