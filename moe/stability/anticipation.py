@@ -57,13 +57,14 @@ class _Queue:
         return [ids_RCK.flatten(0, 1).long() for ids_RCK in held_RMCK.unbind(dim=1)]
 
     def as_saved(self) -> torch.Tensor:
-        """All ranks' parts, over the same storage."""
+        """All ranks' parts as bytes, [R, Q, M, C, 2 K], over the same storage."""
+        bytes_ = self.ids_RQMCK.view(torch.uint8)  # neither gloo nor NCCL carries int16
         if self.ranks.mesh is None:
-            return self.ids_RQMCK
+            return bytes_
         from torch.distributed.tensor import DTensor, Shard
 
         # Over replicas, then over the ranks of each: in the order of the ranks.
-        return DTensor.from_local(self.ids_RQMCK, self.ranks.mesh, (Shard(0), Shard(0)), run_check=False)
+        return DTensor.from_local(bytes_, self.ranks.mesh, (Shard(0), Shard(0)), run_check=False)
 
 
 class Anticipation(Technique):
@@ -130,8 +131,8 @@ class Anticipation(Technique):
         self.progress[:2] = 0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The ids, int16 [R, Q, M, C, K], divided among the ranks by R, and where the mode stands, int64 [3]."""
-        return {"ids_RQMCK": self._queue.as_saved(), "progress": self.progress}
+        """The ids, uint8 [R, Q, M, C, 2 K], divided among the ranks by R, and where the mode stands, int64 [3]."""
+        return {"ids": self._queue.as_saved(), "progress": self.progress}
 
 
 class AlwaysAnticipation(Anticipation):
