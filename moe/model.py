@@ -53,16 +53,21 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size, activation)
 
     def forward(
-        self, x_BSD: torch.Tensor, positions: Positions, chosen_TK: torch.Tensor | None = None
+        self,
+        x_BSD: torch.Tensor,
+        positions: Positions,
+        chosen_TK: torch.Tensor | None = None,
+        *,
+        route_only: bool = False,
     ) -> tuple[torch.Tensor, Routing | None]:
         """[B, S, D] -> the same shape, and the routing if this layer has experts.
 
-        ``chosen_TK`` are expert ids to take instead of choosing.
+        ``chosen_TK`` are expert ids to take instead of choosing. With ``route_only`` the experts add nothing.
         """
         x_BSD = x_BSD + self.attention_post_norm(self.attention(self.attention_norm(x_BSD), positions.mask_B1SS))
         normed = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoeLayer):
-            y_BSD, routing = self.ffn(normed, positions, chosen_TK)
+            y_BSD, routing = self.ffn(normed, positions, chosen_TK, route_only=route_only)
             return x_BSD + self.ffn_post_norm(y_BSD), routing
         return x_BSD + self.ffn_post_norm(self.ffn(normed)), None
 
@@ -87,10 +92,12 @@ class MtpBlock(nn.Module):
         next_embedding_BSD: torch.Tensor,
         positions: Positions,
         chosen_TK: torch.Tensor | None = None,
+        *,
+        route_only: bool = False,
     ) -> tuple[torch.Tensor, Routing | None]:
         """Trunk state (before its final norm) and the next token's embedding -> normalised state, routing."""
         joined = torch.cat((self.hidden_norm(hidden_BSD), self.embed_norm(next_embedding_BSD)), dim=-1)
-        y_BSD, routing = self.block(self.project(joined), positions, chosen_TK)
+        y_BSD, routing = self.block(self.project(joined), positions, chosen_TK, route_only=route_only)
         return self.norm(y_BSD), routing
 
 
@@ -114,6 +121,25 @@ class Transformer(nn.Module):
 
         ``chosen`` are expert ids [T, K] for every MoE layer, to take instead of choosing.
         """
+        x_BSD, y_BSD, routings = self._states(batch, chosen)
+        mtp_logits = None if y_BSD is None else self.head(y_BSD)
+        return ModelOutput(self.head(self.norm(x_BSD)), mtp_logits, routings)
+
+    @torch.no_grad()
+    def choose(self, batch: Batch) -> list[torch.Tensor]:
+        """Expert ids [T, K] that every MoE layer chooses for ``batch``: a forward that ends at the last router.
+
+        Without gradients. Every rank of an expert-parallel group must call it.
+        """
+        return [routing.ids_TK for routing in self._states(batch, None, up_to_routers=True)[2]]
+
+    def _states(
+        self, batch: Batch, chosen: Sequence[torch.Tensor] | None, *, up_to_routers: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[Routing]]:
+        """The trunk's state before its norm, the MTP block's after it, and the routings.
+
+        With ``up_to_routers`` only the routings are whole: the last MoE layer runs no expert.
+        """
         depth = self.config.mtp.depth if self.mtp is not None else 0
         length = batch.ids_BL.shape[1] - 1 - depth
         positions = Positions(
@@ -125,11 +151,13 @@ class Transformer(nn.Module):
         embedded_BLD = self.embed(batch.ids_BL[:, : length + depth]).to(self.compute_dtype)
         x_BSD = embedded_BLD[:, :length]
         routings: list[Routing] = []
+        last = len(self.layers) - 1 + depth  # MoE layers are the last ones
         for block, layer in enumerate(self.layers):
-            x_BSD, routing = layer(x_BSD, positions, next(choices) if self.config.is_moe_layer(block) else None)
+            chosen_TK = next(choices) if self.config.is_moe_layer(block) else None
+            x_BSD, routing = layer(x_BSD, positions, chosen_TK, route_only=up_to_routers and block == last)
             if routing is not None:
                 routings.append(routing)
-        mtp_logits = None
+        y_BSD = None
         if self.mtp is not None:
             # It reads the next token as well, so a position counts as real only if that is. A position keeps the
             # document of its own token: with the next token's, the first document's last state would be a key for the
@@ -137,11 +165,10 @@ class Transformer(nn.Module):
             if batch.real_BL is not None:
                 real_ahead = batch.real_BL[:, :length] & batch.real_BL[:, 1 : length + 1]
                 positions = replace(positions, real_BS=real_ahead)
-            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], positions, next(choices))
-            mtp_logits = self.head(y_BSD)
+            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], positions, next(choices), route_only=up_to_routers)
             if routing is not None:
                 routings.append(routing)
-        return ModelOutput(self.head(self.norm(x_BSD)), mtp_logits, routings)
+        return x_BSD, y_BSD, routings
 
     def blocks(self) -> list[Block]:
         """Every block in order, the MTP block's last."""

@@ -138,13 +138,11 @@ def measure(model: Transformer, batch: Batch, ranks: Ranks) -> Measurements:
     more its attention projections, attention products, dispatch and up-projections.
     """
     gathered = _Gathered()
-    sent = (ranks.wire.payload, ranks.wire.metadata)
-    with _hooked(model, batch, gathered):
+    with _hooked(model, batch, gathered), ranks.wire.uncounted():
         output = model(batch)
     length = output.logits.shape[1]
     gathered.squares("logits", output.logits, None if batch.real_BL is None else batch.real_BL[:, :length])
     release_gathered(model)
-    ranks.wire.payload, ranks.wire.metadata = sent
     return _measurements(model, gathered.reduce(ranks))
 
 

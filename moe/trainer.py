@@ -4,7 +4,7 @@ It knows no framework. Ranks advance in lockstep: every method that is marked co
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,7 @@ from moe.precision import compute_dtype
 from moe.registry import collect_state
 from moe.routing_stats import RoutingStats, bias_range, max_violation, mean_pairwise_cosine, real_expert_figures
 from moe.schedule import Moment, Timeline
+from moe.stability.anticipation import Anticipation, TriggeredAnticipation
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.start_check import check_start
@@ -32,6 +33,8 @@ from moe.state import TrainingState
 
 Request = Literal["stop", "save"]
 _REQUESTS: tuple[Request, ...] = ("stop", "save")
+# Expert ids [T, K] of one micro-batch, for every MoE layer.
+_Chosen = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Trainer:
         self.techniques = build_techniques(config.stability, config.model, ranks)
         for technique in self.techniques.values():
             technique.before_training(self.parameters)
+            technique.on_timeline(self.timeline)
         self.routers = [layer.router for layer in self.model.moe_layers()]
         self._requested: set[Request] = set()
 
@@ -107,12 +111,15 @@ class Trainer:
         self.ranks.wire.clear()
         for technique in self.techniques.values():
             technique.before_step(moment)
-        sums = self._forward_backward(micro_batches, counts, moment)
+        chosen = self._given_experts(micro_batches, moment)
+        sums = self._forward_backward(micro_batches, chosen, counts, moment)
         self.parameters.reduce_gradients()
         norms = self._measure_gradients()
         metrics, load, requests = self._gather(sums, counts)
         finite = math.isfinite(metrics["train/loss"]) and math.isfinite(norms.total)
         metrics["train/lr"] = moment.lr
+        for technique in self.techniques.values():
+            metrics |= technique.figures()
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
         if finite:
             metrics |= self._update(norms, load, moment)
@@ -152,7 +159,29 @@ class Trainer:
         # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
         return BatchCounts(max(1, tokens), max(1, ahead) * depth, moment.global_batch_size, max(1, inputs))
 
-    def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts, moment: Moment) -> _StepSums:
+    def _given_experts(self, micro_batches: list[Batch], moment: Moment) -> list[_Chosen | None]:
+        """What each micro-batch's MoE layers take instead of choosing."""
+        given = [technique.before_forward(self.choose, moment) for technique in self.techniques.values()]
+        chosen = next((ids for ids in given if ids is not None), None)
+        if chosen is None:
+            return [None] * len(micro_batches)
+        tokens = [batch.ids_BL.shape[0] * moment.sequence_length for batch in micro_batches]
+        return list(zip(*(ids_TK.split(tokens) for ids_TK in chosen), strict=True))
+
+    @torch.no_grad()
+    def choose(self, step: int) -> list[torch.Tensor]:
+        """Expert ids that the model as it is chooses for this rank's share of the batch of ``step``. Collective.
+
+        [T, K] for each MoE layer, its micro-batches joined; nothing is counted. ``step`` is from 0.
+        """
+        with self.ranks.wire.uncounted():
+            chosen = [self.model.choose(batch.to(self.ranks.device)) for batch in self.batches(step)]
+        release_gathered(self.model)
+        return [torch.cat(layer) for layer in zip(*chosen, strict=True)]
+
+    def _forward_backward(
+        self, micro_batches: list[Batch], chosen: Sequence[_Chosen | None], counts: BatchCounts, moment: Moment
+    ) -> _StepSums:
         """Gradients of this rank's share of the loss, accumulated over its micro-batches.
 
         Every term is summed up as it enters the loss, its weight included (``train/mtp_loss``, ``train/balance_loss``).
@@ -160,7 +189,7 @@ class Trainer:
         sums = _StepSums(RoutingStats(self.ranks.device))
         for index, batch in enumerate(micro_batches):
             sync_gradients(self.model, index == len(micro_batches) - 1)
-            output = self.model(batch)
+            output = self.model(batch, chosen[index])
             length = output.logits.shape[1]
             terms = {"loss": cross_entropy_sum(output.logits, counted_targets(batch, length, 1)) / counts.tokens}
             if output.mtp_logits is not None:
@@ -270,6 +299,23 @@ class Trainer:
     def request(self, request: Request) -> None:
         """Ask for a stop or a save; every rank sees it in the same step's report, whichever rank asked."""
         self._requested.add(request)
+
+    def anticipate(self) -> None:
+        """Route by anticipated choices for a while from the next step on, or for longer. Every rank must call it.
+
+        Raises:
+            ValueError: ``stability.anticipation.kind`` is not triggered.
+        """
+        technique = self.techniques["anticipation"]
+        if not isinstance(technique, TriggeredAnticipation):
+            raise ValueError("stability.anticipation.kind is not triggered, so there is nothing to start")
+        technique.trigger(self.steps_done)
+
+    def forget_batches(self) -> None:
+        """Coming batches are others than they were: drop what was made of them in advance. Every rank must call it."""
+        technique = self.techniques["anticipation"]
+        if isinstance(technique, Anticipation):
+            technique.drop()
 
     def state(self) -> TrainingState:
         """Everything that makes the next step what it is, by name. Tensors are live: save copies, load in place."""

@@ -1,5 +1,6 @@
 """Stability techniques: one family a field, one class a technique, chosen by its ``kind``."""
 
+from moe.config.anticipation import AnticipationConfig, NoAnticipationConfig
 from moe.config.balance import BalanceConfig, SignBalanceConfig
 from moe.config.balance_loss import BalanceLossConfig, SequenceBalanceLossConfig
 from moe.config.base import Config
@@ -15,3 +16,4 @@ class StabilityConfig(Config):
     router_z_loss: RouterZLossConfig = RouterZLossConfig()
     lm_z_loss: LmZLossConfig = LmZLossConfig()
     clip: ClipConfig = GlobalClipConfig()
+    anticipation: AnticipationConfig = NoAnticipationConfig()

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
+from moe.config.anticipation import anticipation_problem
 from moe.config.balance import balance_problem
 from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
@@ -98,6 +99,13 @@ class TrainerConfig(Config):
                 "stability.router_z_loss.coefficient is above 0, but model.moe.num_experts is 0: there is no router; "
                 "set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_anticipated(self) -> "TrainerConfig":
+        problem = anticipation_problem(self.stability.anticipation, self.model.moe, self.steps)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

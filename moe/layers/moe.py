@@ -37,15 +37,22 @@ class MoeLayer(nn.Module):
         self.shared = FeedForward(config.hidden_size, shared_size, activation) if shared_size else None
 
     def forward(
-        self, x_BSD: torch.Tensor, positions: Positions, chosen_TK: torch.Tensor | None = None
+        self,
+        x_BSD: torch.Tensor,
+        positions: Positions,
+        chosen_TK: torch.Tensor | None = None,
+        *,
+        route_only: bool = False,
     ) -> tuple[torch.Tensor, Routing]:
         """[B, S, D] -> the layer's output and its routing; padding is routed like any token but not counted.
 
-        ``chosen_TK`` are expert ids to take instead of choosing.
+        ``chosen_TK`` are expert ids to take instead of choosing. With ``route_only`` no expert runs; the output is 0.
         """
         x_TD = x_BSD.flatten(0, 1)
         real_T = None if positions.real_BS is None else positions.real_BS.flatten()
         routing = self.router(x_TD, real_T, chosen_TK)
+        if route_only:
+            return torch.zeros_like(x_BSD), routing
         c = self.router.config
         ids_TK = real_choices(routing.ids_TK, c)
         y_TD = dispatch_combine(x_TD, ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks)

@@ -4,6 +4,7 @@ from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.config.stability import StabilityConfig
 from moe.parallel import Ranks
+from moe.stability.anticipation import ANTICIPATION
 from moe.stability.balance import BALANCE
 from moe.stability.balance_loss import BALANCE_LOSS
 from moe.stability.clip import CLIP
@@ -17,6 +18,7 @@ FAMILIES: dict[str, dict[type[Config], type[Technique]]] = {
     "router_z_loss": ROUTER_Z_LOSS,
     "lm_z_loss": LM_Z_LOSS,
     "clip": CLIP,
+    "anticipation": ANTICIPATION,
 }
 
 

@@ -3,10 +3,10 @@
 The trainer calls every technique in each slot; one that does not use a slot inherits the empty one. A family (balance,
 balance loss, clip ...) maps its config classes to implementations in its own module.
 
-Shape legend: E routed experts, M MoE layers.
+Shape legend: E routed experts, M MoE layers, T tokens of this rank's share of a batch, K experts per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from moe.model import ModelOutput
 from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
-from moe.schedule import Moment
+from moe.schedule import Moment, Timeline
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class StepLoad:
     counts_ME: torch.Tensor
 
 
+# Optimizer step (from 0) -> the expert ids [T, K] that each MoE layer of the model as it is chooses for this rank's
+# share of that step's batch, its micro-batches joined. Collective.
+Choose = Callable[[int], list[torch.Tensor]]
+
+
 class Technique:
     """Base of all techniques, and the technique of every ``kind: none``: all slots are empty and there is no state.
 
@@ -73,19 +78,34 @@ class Technique:
     def before_training(self, parameters: ParameterSet) -> None:
         """Runs once, when the trainer is built: makes state whose size depends on the parameters."""
 
+    def on_timeline(self, timeline: Timeline) -> None:
+        """Runs once, when the trainer is built: makes state whose size depends on the batches."""
+
     def before_step(self, moment: Moment) -> None:
         """Runs before the first micro-batch: what is gathered during the step begins anew."""
+
+    def before_forward(self, choose: Choose, moment: Moment) -> list[torch.Tensor] | None:
+        """Expert ids for every MoE layer to take in this step instead of choosing, as ``choose`` gives them, or None.
+
+        Runs before the first micro-batch; at most one technique of a run may give ids.
+        """
+        return None
 
     def after_forward(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
         """Runs after the forward of every micro-batch of training, outside autograd; never in evaluation.
 
-        ``routers`` hold the biases that the routings came from. A recomputed forward is not another one.
+        ``routers`` hold the biases that the routings came from, unless their ids were given. A recomputed forward is
+        not another one.
         """
 
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
     ) -> dict[str, torch.Tensor]:
         """Terms added to the loss of one micro-batch, by name; each is this micro-batch's share of the global mean."""
+        return {}
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the step's forwards to report, by their whole names, whether the step is taken or not."""
         return {}
 
     def on_gradients(
@@ -102,5 +122,5 @@ class Technique:
         """Runs once after the optimizer step, and only if the step was taken and the model has experts."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors, equal on every rank, that must be saved and rewound with the weights."""
+        """Tensors that must be saved and rewound with the weights: equal on every rank, or DTensors."""
         return {}
