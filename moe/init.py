@@ -50,4 +50,4 @@ def initialise(model: Transformer, config: InitConfig, seed: int, ranks: Ranks) 
         else:
             _normal_(parameter, std, seed, name)
     for layer in model.moe_layers():
-        layer.router.expert_bias_E.zero_()
+        layer.router.biases.zero_()

@@ -11,6 +11,7 @@ from moe.layers.activation import build_activation
 from moe.layers.dispatch import dispatch_combine
 from moe.layers.experts import Experts
 from moe.layers.ffn import FeedForward
+from moe.layers.hash_routing import HashChoice
 from moe.layers.norm import RMSNorm
 from moe.layers.positions import Positions
 from moe.layers.router import Router, Routing
@@ -20,10 +21,15 @@ from moe.parallel import Ranks
 class MoeLayer(nn.Module):
     """Each token passes its top-k routed experts, weighted, and all shared experts. No token is dropped."""
 
-    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+    def __init__(self, config: ModelConfig, ranks: Ranks, hash_layer: int | None = None) -> None:
+        """``hash_layer``: the number of the block if its experts are looked up by token id, None if they are chosen."""
         super().__init__()
         c = config.moe
         self.ranks = ranks
+        self.hash_choice: HashChoice | None = None
+        if hash_layer is not None:
+            assert config.vocab_size is not None
+            self.hash_choice = HashChoice(config.vocab_size, c.num_experts, c.top_k, hash_layer)
         self.router = Router(config.hidden_size, c)
         activation = build_activation(config.activation)
         self.experts = Experts(c.num_experts // ranks.ep, config.hidden_size, c.expert_size, activation)
@@ -41,7 +47,10 @@ class MoeLayer(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         real_T = None if positions.real_BS is None else positions.real_BS.flatten()
-        routing = self.router(x_TD, real_T, chosen_TK)
+        domains_T = None if positions.domains_BS is None else positions.domains_BS.flatten()
+        if chosen_TK is None and self.hash_choice is not None:
+            chosen_TK = self.hash_choice(positions.ids_BS.flatten())
+        routing = self.router(x_TD, real_T, chosen_TK, domains_T)
         y_TD = dispatch_combine(
             x_TD, routing.ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks
         )

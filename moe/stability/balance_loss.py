@@ -1,4 +1,4 @@
-"""Auxiliary losses that push the router towards an even load.
+"""Auxiliary losses that push the router towards an even load. Layers whose experts follow from a token's id have none.
 
 Shape legend: T tokens = B sequences x S positions, M MoE layers, E routed experts, K experts per token.
 """
@@ -49,17 +49,18 @@ class SequenceBalanceLoss(Technique):
 
     def __init__(self, config: SequenceBalanceLossConfig, model: ModelConfig, ranks: Ranks) -> None:
         self.coefficient = config.coefficient
-        self.affinity = model.moe.affinity
+        self.affinity, self.hash_layers = model.moe.affinity, model.moe.hash_layers
 
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
     ) -> dict[str, torch.Tensor]:
-        """This micro-batch's share of the loss; empty for a dense model."""
-        if not output.routings:
+        """This micro-batch's share of the loss; empty where no layer chooses."""
+        routings = output.routings[self.hash_layers :]
+        if not routings:
             return {}
         sequences = batch.ids_BL.shape[0]
         coefficient = staged(moment.balance_coefficient, self.coefficient)
-        total = torch.stack([sequence_balance_sum(r, sequences, self.affinity) for r in output.routings]).sum()
+        total = torch.stack([sequence_balance_sum(r, sequences, self.affinity) for r in routings]).sum()
         return {"balance_loss": total * (coefficient / counts.sequences)}
 
 
@@ -77,7 +78,8 @@ class BatchBalanceLoss(Technique):
 
     def __init__(self, config: BatchBalanceLossConfig, model: ModelConfig, ranks: Ranks) -> None:
         self.coefficient, self.affinity, self.ranks = config.coefficient, model.moe.affinity, ranks
-        shape = (model.num_moe_layers, model.moe.num_experts)
+        self.hash_layers = model.moe.hash_layers
+        shape = (model.num_choosing_layers, model.moe.num_experts)
         self.count_ME = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
 
     def before_step(self, moment: Moment) -> None:
@@ -87,13 +89,14 @@ class BatchBalanceLoss(Technique):
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
     ) -> dict[str, torch.Tensor]:
-        """This micro-batch's share of the loss; empty for a dense model. Collective."""
-        if not output.routings:
+        """This micro-batch's share of the loss; empty where no layer chooses. Collective."""
+        routings, routed = output.routings[self.hash_layers :], counts.routed(output)[self.hash_layers :]
+        if not routings:
             return {}
-        self.count_ME += self.ranks.sum_over_world(torch.stack([_real_choices(r) for r in output.routings]))
+        self.count_ME += self.ranks.sum_over_world(torch.stack([_real_choices(r) for r in routings]))
         f_ME = self.count_ME / self.count_ME.double().mean(dim=1, keepdim=True).clamp(min=1e-12)
         terms = []
-        for routing, tokens, f_E in zip(output.routings, counts.routed(output), f_ME.float(), strict=True):
+        for routing, tokens, f_E in zip(routings, routed, f_ME.float(), strict=True):
             share_TE = affinity_shares(routing.logits_TE, routing.affinity_TE, self.affinity)
             if routing.real_T is not None:
                 share_TE = share_TE * routing.real_T.unsqueeze(1)
