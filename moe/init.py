@@ -54,4 +54,4 @@ def initialise(model: Transformer, config: InitConfig, seed: int, ranks: Ranks) 
         else:
             _normal_(parameter, std, seed, name)
     for layer in model.moe_layers():
-        layer.router.expert_bias_E.fill_(starting_bias(model.config))
+        layer.router.biases.fill_(starting_bias(model.config))

@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn_post_norm = norm(before), norm(after)
         self.ffn: FeedForward | MoeLayer
         if config.is_moe_layer(layer):
-            self.ffn = MoeLayer(config, ranks)
+            self.ffn = MoeLayer(config, ranks, layer if config.is_hash_layer(layer) else None)
         else:
             activation = build_activation(config.activation)
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size, activation)
@@ -146,6 +146,7 @@ class Transformer(nn.Module):
             batch.ids_BL[:, :length],
             None if batch.real_BL is None else batch.real_BL[:, :length],
             None if batch.documents_BL is None else within_documents(batch.documents_BL[:, :length]),
+            None if batch.domains_BL is None else batch.domains_BL[:, :length],
         )
         choices = _choices(chosen)
         embedded_BLD = self.embed(batch.ids_BL[:, : length + depth]).to(self.compute_dtype)

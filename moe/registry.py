@@ -36,7 +36,9 @@ def collect_state(
     scalars: dict[str, int],
 ) -> TrainingState:
     """Live tensors of the weights, buffers (expert biases), moments and techniques, by name."""
-    tensors: dict[str, torch.Tensor] = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+    # Buffers that follow from the config (tables of hash layers) are no state, and not in the state dict.
+    kept = model.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = {f"model.{name}": b for name, b in model.named_buffers() if name in kept}
     for p in parameters.all:
         tensors[f"model.{p.name}"] = _as_saved(p, p.local, ranks)
         for moment, by_name in optimizer.moments().items():

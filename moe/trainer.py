@@ -23,13 +23,21 @@ from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
-from moe.routing_stats import RoutingStats, bias_range, max_violation, mean_pairwise_cosine, real_expert_figures
+from moe.routing_stats import (
+    RoutingStats,
+    bias_range,
+    max_violation,
+    mean_pairwise_cosine,
+    real_expert_figures,
+    violation_figures,
+)
 from moe.schedule import Moment, Timeline
 from moe.stability.anticipation import Anticipation, TriggeredAnticipation
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.start_check import check_start
 from moe.state import TrainingState
+from moe.traffic import Spread
 
 Request = Literal["stop", "save"]
 _REQUESTS: tuple[Request, ...] = ("stop", "save")
@@ -100,6 +108,10 @@ class Trainer:
             technique.before_training(self.parameters)
             technique.on_timeline(self.timeline)
         self.routers = [layer.router for layer in self.model.moe_layers()]
+        self.choosing = slice(config.model.moe.hash_layers, None)
+        """Which MoE layers choose their experts: all but the first, hash-routed ones."""
+        nodes = config.parallel.expert_nodes
+        self.nodes = None if nodes is None else Spread(config.model.moe.num_experts, nodes)
         self._requested: set[Request] = set()
 
     def step(self) -> Report:
@@ -186,7 +198,7 @@ class Trainer:
 
         Every term is summed up as it enters the loss, its weight included (``train/mtp_loss``, ``train/balance_loss``).
         """
-        sums = _StepSums(RoutingStats(self.ranks.device))
+        sums = _StepSums(RoutingStats(self.ranks.device, self.nodes))
         for index, batch in enumerate(micro_batches):
             sync_gradients(self.model, index == len(micro_batches) - 1)
             output = self.model(batch, chosen[index])
@@ -201,7 +213,7 @@ class Trainer:
             sums.routing.add(output.routings)
             with torch.no_grad():
                 for technique in self.techniques.values():
-                    technique.after_forward(self.routers, output.routings)
+                    technique.after_forward(self.routers[self.choosing], output.routings[self.choosing])
             for name, term in terms.items():
                 sums.loss[name] = sums.loss.get(name, 0.0) + term.detach().double()
         return sums
@@ -218,18 +230,24 @@ class Trainer:
         asked = [float(name in self._requested) for name in _REQUESTS]
         self._requested.clear()
         host = torch.tensor([wire.payload, wire.metadata, *asked], dtype=torch.float64, device=device)
-        local = torch.cat((torch.stack([*sums.loss.values(), routing.entropy, routing.decisions]), host))
+        sums_of_routing = (routing.entropy, routing.decisions, routing.visits)
+        local = torch.cat((torch.stack([*sums.loss.values(), *sums_of_routing]), host))
         summed = self.ranks.sum_over_world(local).tolist()
         metrics = {f"train/{name}": summed.pop(0) for name in sums.loss}
-        entropy, decisions, payload, metadata, *asked = summed
+        entropy, decisions, visits, payload, metadata, *asked = summed
         requests = frozenset(name for name, count in zip(_REQUESTS, asked, strict=True) if count)
         if routing.counts_ME is None:
             return metrics, None, requests
-        load = StepLoad(self.ranks.sum_over_world(routing.counts_ME))
-        violation_M = max_violation(self._with_weights(load.counts_ME))
+        counts_MCE = None if routing.counts_MCE is None else self.ranks.sum_over_world(routing.counts_MCE)
+        load = StepLoad(self.ranks.sum_over_world(routing.counts_ME), counts_MCE)
+        hash_layers = self.config.model.moe.hash_layers
+        metrics |= violation_figures("moe/max_vio_batch", self._with_weights(load.counts_ME), hash_layers)
+        if counts_MCE is not None:
+            of_classes = self._with_weights(counts_MCE[hash_layers:].flatten(0, 1))
+            metrics["moe/max_vio_domain_worst"] = float(max_violation(of_classes).max())
+        if routing.nodes is not None:
+            metrics["moe/nodes_per_token"] = visits / max(1.0, decisions)
         metrics |= {
-            "moe/max_vio_batch": float(violation_M.mean()),
-            "moe/max_vio_batch_worst": float(violation_M.max()),
             "moe/router_entropy": entropy / max(1.0, decisions),
             "moe/router_logit_max": float(self.ranks.max_over_world(routing.logit_max)),
             "train/ep_bytes_per_token": payload / counts.tokens,
@@ -260,13 +278,13 @@ class Trainer:
         metrics |= {f"update_norm/{group}": norm for group, norm in update.items()}
         if load is not None:
             for technique in self.techniques.values():
-                technique.after_step(self.routers, load, moment)
+                technique.after_step(self.routers[self.choosing], load.after(self.config.model.moe.hash_layers), moment)
             metrics |= self._router_figures()
         return metrics
 
     def _router_figures(self) -> dict[str, float]:
         """Figures of the routers as they are, each the largest over the layers; one transfer for all."""
-        biases_ME = torch.stack([router.expert_bias_E for router in self.routers])
+        biases_ME = torch.cat([router.biases for router in self.routers])  # with classes, one row for each
         figures = {"moe/bias_abs_max": biases_ME.abs().max(), "moe/bias_range": bias_range(biases_ME).max()}
         experts = biases_ME.shape[1]
         if experts > 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from moe.config.schedule import StagedSchedule
 from moe.counting import count_parameters
 from moe.parallel import Ranks
-from moe.routing_stats import max_violation
+from moe.routing_stats import violation_figures
 from moe.state import JSON
 from moe.trainer import Report, Trainer
 from pipelines.config import RunConfig
@@ -105,9 +105,8 @@ def validate(trainer: Trainer, batches: ValidationBatches) -> dict[str, float]:
     result = trainer.evaluate(batches)
     metrics = {"val/loss": result.loss_sum / result.tokens, "val/nats_per_byte": result.loss_sum / batches.text_bytes}
     if result.counts_ME is not None:
-        violation_M = max_violation(result.counts_ME)
-        metrics["moe/max_vio_global"] = float(violation_M.mean())
-        metrics["moe/max_vio_global_worst"] = float(violation_M.max())
+        hash_layers = trainer.config.model.moe.hash_layers
+        metrics |= violation_figures("moe/max_vio_global", result.counts_ME, hash_layers)
         metrics["moe/dead_experts"] = float((result.counts_ME == 0).sum())
     return metrics
 

@@ -52,7 +52,7 @@ def anticipation_problem(anticipation: AnticipationConfig, moe: MoeConfig, steps
     name, kind = "stability.anticipation", f"stability.anticipation.kind is {anticipation.kind}"
     if moe.num_experts == 0:
         return f"{kind}, but model.moe.num_experts is 0: there is no expert to choose; set it to none"
-    if moe.top_k >= moe.num_experts:
+    if moe.top_k >= moe.router_outputs:
         return f"{kind}, but model.moe.top_k is model.moe.num_experts ({moe.top_k}): every expert is chosen in any case"
     if anticipation.lag >= steps:
         return f"{name}.lag ({anticipation.lag}) is never reached in {steps} steps; make it smaller"

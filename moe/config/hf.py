@@ -38,6 +38,9 @@ _SIZES: Final = {
     "moe.routed_scaling_factor": "routed_scaling_factor",
 }
 
+# Options of model.moe that DeepseekV3 does not have, and what it is.
+_MOE_ONLY: Final = {"hash_layers": 0, "bias_domains": 1, "group_score": "biased", "output_norm": False}
+
 # What this model always is; the released DeepSeek-V3 has the last three besides what transformers writes.
 _ONLY: Final = {
     "rms_norm_eps": _LATENT_NORM_EPS,
@@ -71,8 +74,11 @@ def refuse_inexpressible(config: ModelConfig) -> None:
         problems.append(f"model.norm_placement={config.norm_placement} (only pre)")
     if config.activation.kind != "swiglu":
         problems.append(f"model.activation.kind={config.activation.kind} (only swiglu)")
-    if moe.output_norm:
-        problems.append("model.moe.output_norm=True (only False)")
+    problems += [
+        f"model.moe.{key}={value} (only {only})"
+        for key, only in _MOE_ONLY.items()
+        if (value := getattr(moe, key)) != only
+    ]
     problems += _number_of_experts_problems(moe)
     if moe.num_experts and moe.affinity != "sigmoid":
         problems.append(f"model.moe.affinity={moe.affinity} (only sigmoid)")

@@ -80,12 +80,21 @@ class MoeConfig(Config):
     """Hidden width of one expert."""
     first_dense_layers: NonNegativeInt = 1
     """The first layers keep a dense FFN of model.intermediate_size."""
+    hash_layers: NonNegativeInt = 0
+    """The first so many MoE layers take a token's experts from a fixed table by its id instead of choosing them; gates
+    are still learnt (DeepSeek-V4 report: 3). Groups, expert biases and balance losses have no part in them."""
     affinity: Affinity = "sigmoid"
     """Function from router logits to affinities; sqrt_softplus is sqrt(softplus(x)) (DeepSeek-V4), unbounded above."""
     num_groups: PositiveInt = 1
     """Experts are divided into this many equal groups, contiguous by expert id."""
     top_groups: PositiveInt = 1
-    """Groups that a token may choose experts from; a group's score is the sum of its two best biased affinities."""
+    """Groups that a token may choose experts from; a group's score is the sum of its two best affinities."""
+    group_score: Literal["biased", "unbiased"] = "biased"
+    """Whether the affinities that score a group include the expert bias (DeepSeek-V3's released inference code) or not
+    (the words of its report, arXiv 2412.19437, section 2.1.2). Inside the groups the bias counts in any case."""
+    bias_domains: PositiveInt = 1
+    """Classes of documents with an expert bias of their own, each moved by the load of its own tokens (DeepSeek-V4.1
+    report: one for text, one for images). A batch says which class each token is of: data.domains."""
     normalize_gates: bool = True
     """Divide the chosen affinities by their sum."""
     routed_scaling_factor: PositiveFloat = 1.0
@@ -127,6 +136,18 @@ class MoeConfig(Config):
     def experts_vary(self) -> bool:
         """Whether tokens differ in how many experts with weights they pass."""
         return self.num_identity_experts > 0 or isinstance(self.selection, ThresholdSelectionConfig)
+
+    @model_validator(mode="after")
+    def _options_of_the_choice_have_a_choice(self) -> "MoeConfig":
+        if self.num_experts == 0 and (self.hash_layers or self.bias_domains > 1):
+            key, off = ("hash_layers", 0) if self.hash_layers else ("bias_domains", 1)
+            raise ValueError(f"{key} ({getattr(self, key)}) has no effect, since num_experts is 0; set {key}={off}")
+        if self.group_score == "unbiased" and self.top_groups == self.num_groups:
+            raise ValueError(
+                f"group_score=unbiased has no effect where all groups may be chosen: set top_groups below num_groups "
+                f"({self.num_groups}), or group_score=biased"
+            )
+        return self
 
     @model_validator(mode="after")
     def _output_norm_has_an_effect_and_no_rival(self) -> "MoeConfig":
@@ -265,10 +286,24 @@ class ModelConfig(Config):
         """Whether transformer layer ``layer`` (from 0; an MTP block counts as layer ``num_layers``) holds experts."""
         return self.moe.num_experts > 0 and layer >= self.moe.first_dense_layers
 
+    def is_hash_layer(self, layer: int) -> bool:
+        """Whether transformer layer ``layer`` (from 0) takes its experts from a table by token id."""
+        return self.is_moe_layer(layer) and layer < self.moe.first_dense_layers + self.moe.hash_layers
+
     @property
     def num_moe_layers(self) -> int:
         """Layers with a router, those of the MTP block included."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers + self.mtp.depth))
+
+    @property
+    def num_choosing_layers(self) -> int:
+        """MoE layers that choose experts, which is all but the hash layers; they come last."""
+        return self.num_moe_layers - self.moe.hash_layers
+
+    @property
+    def num_biases(self) -> int:
+        """Vectors of expert biases that take part in a choice: one per choosing layer and class of documents."""
+        return self.num_choosing_layers * self.moe.bias_domains
 
     @model_validator(mode="after")
     def _no_norm_undoes_the_start(self) -> "ModelConfig":
@@ -285,5 +320,11 @@ class ModelConfig(Config):
             raise ValueError(
                 f"moe.first_dense_layers ({self.moe.first_dense_layers}) leaves none of the {self.num_layers} layers "
                 "for the experts; set moe.num_experts=0 for a dense model"
+            )
+        trunk = self.num_layers - self.moe.first_dense_layers
+        if self.moe.hash_layers > max(0, trunk):
+            raise ValueError(
+                f"moe.hash_layers ({self.moe.hash_layers}) is more than the {trunk} layers with experts (num_layers - "
+                "moe.first_dense_layers; that of multi-token prediction always chooses)"
             )
         return self

@@ -5,12 +5,13 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from moe.config.anticipation import anticipation_problem
-from moe.config.balance import balance_problem
+from moe.config.balance import NoBalanceConfig, SignBalanceConfig, balance_problem
 from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
 from moe.config.clip import GroupClipConfig, SpamClipConfig
 from moe.config.model import ModelConfig
 from moe.config.monitors import MonitorsConfig
+from moe.config.nodes import nodes_problem
 from moe.config.optimizer import AdamwConfig, MuonConfig, OptimizerConfig
 from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
 from moe.config.stability import StabilityConfig
@@ -30,6 +31,10 @@ class ParallelConfig(Config):
     """Ranks in all. Every rank reads its own share of each batch."""
     expert_parallel: PositiveInt = 1
     """Ranks over which each layer's experts are divided; workers / expert_parallel copies of every expert exist."""
+    expert_nodes: PositiveInt | None = None
+    """Nodes over which each layer's experts are spread, in equal contiguous parts by expert id, for the figure
+    ``moe/nodes_per_token``; null counts none. They may be imagined: a run on one rank can be asked how far its tokens
+    would travel on eight nodes. With ``model.moe.top_groups`` below ``num_groups`` groups must lie on nodes."""
     dense: Literal["replicate", "shard"] = "replicate"
     """Dense parameters: a copy on every rank, or sharded over all ranks (FSDP2)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -104,6 +109,40 @@ class TrainerConfig(Config):
     @model_validator(mode="after")
     def _experts_can_be_anticipated(self) -> "TrainerConfig":
         problem = anticipation_problem(self.stability.anticipation, self.model.moe, self.steps)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_choice_to_balance(self) -> "TrainerConfig":
+        moe, stability = self.model.moe, self.stability
+        if moe.bias_domains > 1 and isinstance(stability.balance, NoBalanceConfig):
+            raise ValueError(
+                f"model.moe.bias_domains ({moe.bias_domains}) has no effect, since stability.balance.kind is none and "
+                "no bias moves; set bias_domains to 1, or another kind"
+            )
+        if not moe.hash_layers or self.model.num_choosing_layers:
+            return self
+        idle = {
+            "model.moe.bias_domains is above 1": moe.bias_domains > 1,
+            # The defaults need not be switched off.
+            f"stability.balance.kind is {stability.balance.kind}": not isinstance(
+                stability.balance, NoBalanceConfig | SignBalanceConfig
+            ),
+            "stability.balance_loss.kind is batch": isinstance(stability.balance_loss, BatchBalanceLossConfig),
+        }
+        for what, said in idle.items():
+            if said:
+                raise ValueError(
+                    f"{what}, but model.moe.hash_layers ({moe.hash_layers}) leaves no layer that chooses its experts; "
+                    "leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_lie_on_nodes(self) -> "TrainerConfig":
+        nodes = self.parallel.expert_nodes
+        problem = nodes_problem(nodes, self.parallel.expert_parallel, self.model.moe) if nodes is not None else None
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -11,6 +11,7 @@ from moe.layers.activation import build_activation
 from moe.layers.dispatch import dispatch_combine
 from moe.layers.experts import Experts
 from moe.layers.ffn import FeedForward
+from moe.layers.hash_routing import HashChoice
 from moe.layers.norm import RMSNorm
 from moe.layers.positions import Positions
 from moe.layers.router import Router, Routing
@@ -24,10 +25,15 @@ class MoeLayer(nn.Module):
     Identity experts are routed experts too: their share is part of the sum that ``output_norm`` norms.
     """
 
-    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+    def __init__(self, config: ModelConfig, ranks: Ranks, hash_layer: int | None = None) -> None:
+        """``hash_layer``: the number of the block if its experts are looked up by token id, None if they are chosen."""
         super().__init__()
         c = config.moe
         self.ranks = ranks
+        self.hash_choice: HashChoice | None = None
+        if hash_layer is not None:
+            assert config.vocab_size is not None
+            self.hash_choice = HashChoice(config.vocab_size, c.num_experts, c.top_k, hash_layer)
         self.router = Router(config.hidden_size, c)
         activation = build_activation(config.activation)
         self.experts = Experts(c.num_experts // ranks.ep, config.hidden_size, c.expert_size, activation)
@@ -50,7 +56,10 @@ class MoeLayer(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         real_T = None if positions.real_BS is None else positions.real_BS.flatten()
-        routing = self.router(x_TD, real_T, chosen_TK)
+        domains_T = None if positions.domains_BS is None else positions.domains_BS.flatten()
+        if chosen_TK is None and self.hash_choice is not None:
+            chosen_TK = self.hash_choice(positions.ids_BS.flatten())
+        routing = self.router(x_TD, real_T, chosen_TK, domains_T)
         if route_only:
             return torch.zeros_like(x_BSD), routing
         c = self.router.config

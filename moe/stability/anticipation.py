@@ -40,7 +40,7 @@ class _Queue:
         self.ranks = ranks
         self.parts = math.gcd(*(sequences for sequences, _ in shapes))
         tokens = max(sequences * length for sequences, length in shapes) // self.parts
-        shape = (self.parts // ranks.world, batches, model.num_moe_layers, tokens, model.moe.top_k)
+        shape = (self.parts // ranks.world, batches, model.num_moe_layers, tokens, model.moe.max_choices)
         self.ids_RQMCK = torch.zeros(shape, dtype=torch.int16, device=ranks.device)
 
     def put(self, step: int, chosen: Sequence[torch.Tensor]) -> None:

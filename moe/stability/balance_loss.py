@@ -1,4 +1,4 @@
-"""Auxiliary losses that push the router towards an even load.
+"""Auxiliary losses that push the router towards an even load. Layers whose experts follow from a token's id have none.
 
 With identity experts in the pool, the losses are those of the experts with weights alone: the K highest raw affinities
 are among all, but f counts and P normalises over the experts with weights, so that neither pulls tokens to or from
@@ -68,12 +68,13 @@ class SequenceBalanceLoss(Technique):
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
     ) -> dict[str, torch.Tensor]:
-        """This micro-batch's share of the loss; empty for a dense model."""
-        if not output.routings:
+        """This micro-batch's share of the loss; empty where no layer chooses."""
+        routings = output.routings[self.moe.hash_layers :]
+        if not routings:
             return {}
         sequences = batch.ids_BL.shape[0]
         coefficient = staged(moment.balance_coefficient, self.coefficient)
-        total = torch.stack([sequence_balance_sum(r, sequences, self.moe) for r in output.routings]).sum()
+        total = torch.stack([sequence_balance_sum(r, sequences, self.moe) for r in routings]).sum()
         return {"balance_loss": total * (coefficient / counts.sequences)}
 
 
@@ -91,7 +92,7 @@ class BatchBalanceLoss(Technique):
 
     def __init__(self, config: BatchBalanceLossConfig, model: ModelConfig, ranks: Ranks) -> None:
         self.coefficient, self.moe, self.ranks = config.coefficient, model.moe, ranks
-        shape = (model.num_moe_layers, model.moe.num_experts)
+        shape = (model.num_choosing_layers, model.moe.num_experts)
         self.count_ME = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
 
     def before_step(self, moment: Moment) -> None:
@@ -101,13 +102,14 @@ class BatchBalanceLoss(Technique):
     def loss_terms(
         self, batch: Batch, output: ModelOutput, counts: BatchCounts, moment: Moment
     ) -> dict[str, torch.Tensor]:
-        """This micro-batch's share of the loss; empty for a dense model. Collective."""
-        if not output.routings:
+        """This micro-batch's share of the loss; empty where no layer chooses. Collective."""
+        routings, routed = output.routings[self.moe.hash_layers :], counts.routed(output)[self.moe.hash_layers :]
+        if not routings:
             return {}
-        self.count_ME += self.ranks.sum_over_world(torch.stack([_real_choices(r, self.moe) for r in output.routings]))
+        self.count_ME += self.ranks.sum_over_world(torch.stack([_real_choices(r, self.moe) for r in routings]))
         f_ME = self.count_ME / self.count_ME.double().mean(dim=1, keepdim=True).clamp(min=1e-12)
         terms = []
-        for routing, tokens, f_E in zip(output.routings, counts.routed(output), f_ME.float(), strict=True):
+        for routing, tokens, f_E in zip(routings, routed, f_ME.float(), strict=True):
             share_TE = _shares(routing, self.moe)
             if routing.real_T is not None:
                 share_TE = share_TE * routing.real_T.unsqueeze(1)

@@ -20,7 +20,7 @@ from moe.config.model import ModelConfig
 from moe.layers.router import Router
 from moe.parallel import Ranks
 from moe.schedule import Moment, staged
-from moe.stability.bias import shift_bias, update_factor
+from moe.stability.bias import biases_and_loads, shift_bias, update_factor
 from moe.stability.technique import StepLoad, Technique
 
 
@@ -39,8 +39,8 @@ class BudgetBalance(Technique):
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         """One update of every layer's bias from the load of the whole step."""
         factor = staged(moment.bias_update_rate, self.rate) * update_factor(self.schedule, moment)
-        for router, count_E in zip(routers, load.counts_ME, strict=True):
-            shift_bias(router.expert_bias_E[: self.moe.num_experts], self._shortage(count_E), factor)
+        for bias_E, count_E in biases_and_loads(routers, load):
+            shift_bias(bias_E[: self.moe.num_experts], self._shortage(count_E), factor)
 
     def _shortage(self, count_E: torch.Tensor) -> torch.Tensor:
         """``e`` of each expert with weights, fp32 [N], from integer counts; 0 where nothing was routed."""

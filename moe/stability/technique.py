@@ -3,7 +3,8 @@
 The trainer calls every technique in each slot; one that does not use a slot inherits the empty one. A family (balance,
 balance loss, clip ...) maps its config classes to implementations in its own module.
 
-Shape legend: E routed experts, M MoE layers, T tokens of this rank's share of a batch, K experts per token.
+Shape legend: E routed experts, M MoE layers, T tokens of this rank's share of a batch, K experts per token, C classes of
+documents.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,10 +56,16 @@ class GradientNorms:
 class StepLoad:
     """Tokens sent to each expert in one optimizer step, int64 [M, E], over all micro-batches and ranks.
 
-    Identity experts are the last of the E.
+    Identity experts are the last of the E. ``counts_MCE`` divides them by the class of the token's document; None where
+    there is one class.
     """
 
     counts_ME: torch.Tensor
+    counts_MCE: torch.Tensor | None = None
+
+    def after(self, layers: int) -> "StepLoad":
+        """That of all but the first ``layers`` MoE layers."""
+        return StepLoad(self.counts_ME[layers:], None if self.counts_MCE is None else self.counts_MCE[layers:])
 
 
 # Optimizer step (from 0) -> the expert ids [T, K] that each MoE layer of the model as it is chooses for this rank's
@@ -94,8 +101,8 @@ class Technique:
     def after_forward(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
         """Runs after the forward of every micro-batch of training, outside autograd; never in evaluation.
 
-        ``routers`` hold the biases that the routings came from, unless their ids were given. A recomputed forward is
-        not another one.
+        ``routers`` hold the biases that the routings came from, unless their ids were given; those of hash layers
+        choose nothing and are left out. A recomputed forward is not another one.
         """
 
     def loss_terms(
@@ -119,7 +126,10 @@ class Technique:
         return 1.0
 
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
-        """Runs once after the optimizer step, and only if the step was taken and the model has experts."""
+        """Runs once after the optimizer step, and only if the step was taken and the model has experts.
+
+        ``routers`` and ``load`` are those of the layers that choose: hash layers are left out.
+        """
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors that must be saved and rewound with the weights: equal on every rank, or DTensors."""

@@ -27,4 +27,4 @@ class ThresholdBalance(QuantileBalance):
 
     def margins(self, router: Router, routing: Routing) -> torch.Tensor:
         """``s_ij - beta_j``, [T, E]."""
-        return routing.affinity_TE + router.expert_bias_E
+        return routing.affinity_TE + router.biases_of(routing.domains_T)

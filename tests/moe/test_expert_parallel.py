@@ -106,7 +106,7 @@ def force_routing(trainer: Trainer) -> None:
 
     trainer.model.register_forward_pre_hook(remember)
     for layer, router in enumerate(trainer.routers):
-        router.select = lambda _, layer=layer: table[layer][current["ids"]]  # type: ignore[method-assign, misc]
+        router.select = lambda *_, layer=layer: table[layer][current["ids"]]  # type: ignore[method-assign]
 
 
 def train(rank: int, world: int, changes: list[dict[str, Any]], forced: bool) -> Run:
