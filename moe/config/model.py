@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from moe.config.activation import ActivationConfig, SwigluConfig
 from moe.config.base import Config
+from moe.config.residual import PlainResidualConfig, ResidualConfig
 
 # DeepSeek-V3 scores a group by its two best experts (arXiv 2412.19437, section 2.1.2 and the released inference code).
 EXPERTS_PER_GROUP_SCORE = 2
@@ -173,6 +174,7 @@ class ModelConfig(Config):
     """RMSNorm on what a sub-layer (attention, feed-forward) reads; or on that and on what it gives, before it is added
     to the residual stream (Sandwich-LN, arXiv 2105.13290); or on what it gives alone (OLMo 2, arXiv 2501.00656).
     Reordered, a router reads the residual stream as it is."""
+    residual: ResidualConfig = PlainResidualConfig()
     moe: MoeConfig = MoeConfig()
     mtp: MtpConfig = MtpConfig()
     init: InitConfig = InitConfig()
