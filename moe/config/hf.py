@@ -72,6 +72,8 @@ def refuse_inexpressible(config: ModelConfig) -> None:
         problems.append("model.attention.qk_norm=True (only False)")
     if config.norm_placement != "pre":
         problems.append(f"model.norm_placement={config.norm_placement} (only pre)")
+    if config.residual.kind != "plain":
+        problems.append(f"model.residual.kind={config.residual.kind} (only plain)")
     if config.activation.kind != "swiglu":
         problems.append(f"model.activation.kind={config.activation.kind} (only swiglu)")
     problems += [

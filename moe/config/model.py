@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from moe.config.activation import ActivationConfig, SwigluConfig
 from moe.config.base import Config
+from moe.config.residual import PlainResidualConfig, ResidualConfig
 from moe.config.selection import SelectionConfig, ThresholdSelectionConfig, TopKSelectionConfig
 
 # DeepSeek-V3 scores a group by its two best experts (arXiv 2412.19437, section 2.1.2 and the released inference code).
@@ -234,6 +235,17 @@ class MoeConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_varying_number_of_experts_goes_alone(self) -> "MoeConfig":
+        if not self.experts_vary:
+            return self
+        what = "num_identity_experts" if self.num_identity_experts else "selection.kind=threshold"
+        if self.hash_layers:
+            raise ValueError(f"hash_layers sends every token to top_k experts, which {what} varies; set hash_layers=0")
+        if self.bias_domains > 1:
+            raise ValueError(f"bias_domains is not defined with {what}, whose biases hold a budget; set bias_domains=1")
+        return self
+
 
 class MtpConfig(Config):
     """Multi-token prediction (DeepSeek-V3, section 2.2): an extra block that predicts the token after the next."""
@@ -278,6 +290,7 @@ class ModelConfig(Config):
     """RMSNorm on what a sub-layer (attention, feed-forward) reads; or on that and on what it gives, before it is added
     to the residual stream (Sandwich-LN, arXiv 2105.13290); or on what it gives alone (OLMo 2, arXiv 2501.00656).
     Reordered, a router reads the residual stream as it is."""
+    residual: ResidualConfig = PlainResidualConfig()
     moe: MoeConfig = MoeConfig()
     mtp: MtpConfig = MtpConfig()
     init: InitConfig = InitConfig()

@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, and with what weight (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-Shape legend: T tokens, D model width, E experts (identity experts last), G expert groups, K choices per token, C classes
-of documents.
+Shape legend: T tokens, D model width, E experts (identity experts last), G expert groups, K choices per token,
+C classes of documents.
 """
 
 from dataclasses import dataclass

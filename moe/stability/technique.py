@@ -3,8 +3,8 @@
 The trainer calls every technique in each slot; one that does not use a slot inherits the empty one. A family (balance,
 balance loss, clip ...) maps its config classes to implementations in its own module.
 
-Shape legend: E routed experts, M MoE layers, T tokens of this rank's share of a batch, K experts per token, C classes of
-documents.
+Shape legend: E routed experts, M MoE layers, T tokens of this rank's share of a batch, K experts per token,
+C classes of documents.
 """
 
 from collections.abc import Callable, Sequence
