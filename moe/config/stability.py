@@ -4,6 +4,7 @@ from moe.config.balance import BalanceConfig, SignBalanceConfig
 from moe.config.balance_loss import BalanceLossConfig, SequenceBalanceLossConfig
 from moe.config.base import Config
 from moe.config.clip import ClipConfig, GlobalClipConfig
+from moe.config.qk_clip import NoQkClipConfig, QkClipConfig
 from moe.config.z_loss import LmZLossConfig, RouterZLossConfig
 
 
@@ -15,3 +16,4 @@ class StabilityConfig(Config):
     router_z_loss: RouterZLossConfig = RouterZLossConfig()
     lm_z_loss: LmZLossConfig = LmZLossConfig()
     clip: ClipConfig = GlobalClipConfig()
+    qk_clip: QkClipConfig = NoQkClipConfig()

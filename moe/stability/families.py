@@ -7,6 +7,7 @@ from moe.parallel import Ranks
 from moe.stability.balance import BALANCE
 from moe.stability.balance_loss import BALANCE_LOSS
 from moe.stability.clip import CLIP
+from moe.stability.qk_clip import QK_CLIP
 from moe.stability.technique import Technique
 from moe.stability.z_loss import LM_Z_LOSS, ROUTER_Z_LOSS
 
@@ -17,6 +18,7 @@ FAMILIES: dict[str, dict[type[Config], type[Technique]]] = {
     "router_z_loss": ROUTER_Z_LOSS,
     "lm_z_loss": LM_Z_LOSS,
     "clip": CLIP,
+    "qk_clip": QK_CLIP,
 }
 
 
