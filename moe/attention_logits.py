@@ -63,7 +63,7 @@ def largest_logits(
             allowed = _allowed(mask_B1SS, real_BS, part, start, end, q_BHSK.device)
             logits = q_BHSK[part, :, start:end].float() @ k_BHSK[part, :, :end].float().mT
             largest_H = largest_H.maximum(logits.masked_fill_(~allowed, float("-inf")).amax(dim=(0, 2, 3)))
-    return largest_H * width**-0.5
+    return largest_H.mul_(width**-0.5)
 
 
 def _allowed(
