@@ -3,8 +3,8 @@
 Hooks do the measuring. They stand on the modules during that one forward alone, so training neither pays for them nor
 changes by a bit. Padding never counts.
 
-Shape legend: B sequences, S positions, T = B*S tokens, D model width, H heads, K query-key width, P (token, expert)
-pairs, F expert width, N residual streams.
+Shape legend: B sequences, S positions, T = B*S tokens, D model width, H heads, P (token, expert) pairs, F expert width,
+N residual streams.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from moe.attention_logits import watch_logits
 from moe.batch import Batch
 from moe.fsdp import release_gathered
-from moe.layers.attention import Attention
 from moe.layers.dispatch import dispatch_combine
 from moe.layers.hyper_connections import HyperConnection
 from moe.layers.moe import MoeLayer
@@ -144,7 +144,7 @@ def measure(model: Transformer, batch: Batch, ranks: Ranks) -> Measurements:
     """Measure ``model`` on this rank's micro-batch; the figures are those of all ranks' micro-batches. Collective.
 
     Neither weights, gradients nor the count of bytes on the wire change. Takes one forward without gradients, and once
-    more its attention projections, attention products, dispatch and up-projections.
+    more its attention products, dispatch and up-projections.
     """
     gathered = _Gathered()
     with _hooked(model, batch, gathered), ranks.wire.uncounted():
@@ -169,9 +169,9 @@ def _hooked(model: Transformer, batch: Batch, gathered: _Gathered) -> Iterator[N
         model.embed.register_forward_hook(lambda _, args, y: gathered.inputs("embedding", y[:, :length], real)),
         model.norm.register_forward_hook(lambda _, args, y: gathered.inputs("head", y, real)),
     ]
+    handles += watch_logits(model.blocks(), partial(_see_logits, gathered))
     for layer, block in enumerate(model.blocks()):
         handles.append(block.register_forward_pre_hook(enter))
-        handles.append(block.attention.register_forward_hook(partial(_after_attention, gathered, layer)))
         if isinstance(block.ffn, MoeLayer):
             handles.append(block.ffn.register_forward_hook(partial(_after_moe, gathered, layer)))
         for residual in (block.attention_residual, block.ffn_residual):
@@ -205,21 +205,8 @@ def _gain_of(gathered: _Gathered) -> None:
     gathered.maxima["gain.least"] = torch.cat((-sums, nothing)).amax()
 
 
-def _after_attention(gathered: _Gathered, layer: int, module: Attention, args: Any, output: Any) -> None:
-    """Take the products again, one head of one sequence at a time: the fused kernel does not give them away."""
-    x_BSD, mask_B1SS = args
-    q_BHSK, k_BHSK, _ = module.project(x_BSD)
-    sequences, heads, positions, width = q_BHSK.shape
-    causal_SS = torch.ones(positions, positions, dtype=torch.bool, device=x_BSD.device).tril()
-    largest = torch.full((), float("-inf"), dtype=torch.float64, device=x_BSD.device)
-    for sequence in range(sequences):
-        allowed_SS = causal_SS if mask_B1SS is None else mask_B1SS[sequence, 0]
-        if gathered.real_BS is not None:
-            allowed_SS = allowed_SS & gathered.real_BS[sequence].unsqueeze(1)
-        for head in range(heads):
-            logits_SS = q_BHSK[sequence, head].float() @ k_BHSK[sequence, head].float().t()
-            largest = largest.maximum(logits_SS.masked_fill_(~allowed_SS, float("-inf")).amax())
-    gathered.maxima[f"attention.{layer}"] = largest * width**-0.5
+def _see_logits(gathered: _Gathered, layer: int, largest_H: torch.Tensor) -> None:
+    gathered.maxima[f"attention.{layer}"] = largest_H.amax().double()
 
 
 def _after_moe(gathered: _Gathered, layer: int, module: MoeLayer, args: Any, output: tuple[Any, Routing]) -> None:

@@ -105,6 +105,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.parameters)
         self.techniques = build_techniques(config.stability, config.model, ranks)
         for technique in self.techniques.values():
+            technique.watch(self.model)
             technique.before_training(self.parameters)
             technique.on_timeline(self.timeline)
         self.routers = [layer.router for layer in self.model.moe_layers()]
@@ -139,7 +140,8 @@ class Trainer:
         health = None
         if self._is_time_to_measure(moment, finite):
             health = measure(self.model, micro_batches[0], self.ranks)
-            metrics |= health.headline()
+            # What a technique reports of the whole step stands against the figure of one micro-batch.
+            metrics = health.headline() | metrics
         layer_max_vio = tuple(max_violation(self._with_weights(load.counts_ME)).tolist()) if load is not None else ()
         return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, health)
 
@@ -272,6 +274,8 @@ class Trainer:
         lr = moment.lr * math.prod(technique.lr_factor(moment) for technique in self.techniques.values())
         metrics["train/lr"] = lr
         metrics |= {f"train/{name}": value for name, value in self.optimizer.step(lr).items()}
+        for technique in self.techniques.values():
+            metrics |= technique.edit_weights(self.parameters, moment)
         torch._foreach_sub_(before, [p.local for p in self.parameters.all])
         update = self.parameters.norms(before)
         metrics["train/update_norm"] = update.pop("total")

@@ -5,6 +5,7 @@ from moe.config.balance import BalanceConfig, SignBalanceConfig
 from moe.config.balance_loss import BalanceLossConfig, SequenceBalanceLossConfig
 from moe.config.base import Config
 from moe.config.clip import ClipConfig, GlobalClipConfig
+from moe.config.qk_clip import NoQkClipConfig, QkClipConfig
 from moe.config.z_loss import LmZLossConfig, RouterZLossConfig
 
 
@@ -17,3 +18,4 @@ class StabilityConfig(Config):
     lm_z_loss: LmZLossConfig = LmZLossConfig()
     clip: ClipConfig = GlobalClipConfig()
     anticipation: AnticipationConfig = NoAnticipationConfig()
+    qk_clip: QkClipConfig = NoQkClipConfig()

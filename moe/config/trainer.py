@@ -13,6 +13,7 @@ from moe.config.model import ModelConfig
 from moe.config.monitors import MonitorsConfig
 from moe.config.nodes import nodes_problem
 from moe.config.optimizer import AdamwConfig, MuonConfig, OptimizerConfig
+from moe.config.qk_clip import MaxLogitQkClipConfig
 from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
 from moe.config.stability import StabilityConfig
 
@@ -167,6 +168,15 @@ class TrainerConfig(Config):
             raise ValueError(
                 "stability.clip.kind is spam, which clips against the second moment of every parameter, but "
                 "optimizer.kind is muon, which keeps none of matrices; set clip.kind to stable_spam, which needs none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_can_be_clipped(self) -> "TrainerConfig":
+        if isinstance(self.stability.qk_clip, MaxLogitQkClipConfig) and self.model.attention.qk_norm:
+            raise ValueError(
+                "stability.qk_clip.kind is max_logit, but model.attention.qk_norm norms queries and keys, so that the "
+                "size of their weights changes no logit; set qk_clip.kind=none, or qk_norm=false"
             )
         return self
 

@@ -8,6 +8,7 @@ from moe.stability.anticipation import ANTICIPATION
 from moe.stability.balance import BALANCE
 from moe.stability.balance_loss import BALANCE_LOSS
 from moe.stability.clip import CLIP
+from moe.stability.qk_clip import QK_CLIP
 from moe.stability.technique import Technique
 from moe.stability.z_loss import LM_Z_LOSS, ROUTER_Z_LOSS
 
@@ -19,6 +20,7 @@ FAMILIES: dict[str, dict[type[Config], type[Technique]]] = {
     "lm_z_loss": LM_Z_LOSS,
     "clip": CLIP,
     "anticipation": ANTICIPATION,
+    "qk_clip": QK_CLIP,
 }
 
 

@@ -16,7 +16,7 @@ from moe.batch import Batch
 from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.layers.router import Router, Routing
-from moe.model import ModelOutput
+from moe.model import ModelOutput, Transformer
 from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
@@ -82,6 +82,9 @@ class Technique:
     def __init__(self, config: Config, model: ModelConfig, ranks: Ranks) -> None:
         """Build from the technique's own config class, the model it will meet, and this process's place."""
 
+    def watch(self, model: Transformer) -> None:
+        """Runs once, when the trainer is built and before the next: stands hooks on modules that it must see."""
+
     def before_training(self, parameters: ParameterSet) -> None:
         """Runs once, when the trainer is built: makes state whose size depends on the parameters."""
 
@@ -124,6 +127,10 @@ class Technique:
     def lr_factor(self, moment: Moment) -> float:
         """Factor on the learning rate of this update, asked for after ``on_gradients``."""
         return 1.0
+
+    def edit_weights(self, parameters: ParameterSet, moment: Moment) -> dict[str, float]:
+        """Change weights in place after the optimizer step, if it was taken; metrics to report, by their full names."""
+        return {}
 
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         """Runs once after the optimizer step, and only if the step was taken and the model has experts.

@@ -130,6 +130,7 @@ def test_the_plain_recipe_leaves_a_model_without_any_technique(model: str) -> No
         "router_z_loss": {"coefficient": 0.0},
         "lm_z_loss": {"coefficient": 0.0},
         "clip": {"kind": "none"},
+        "qk_clip": {"kind": "none"},
     }
     below = load_config([model])
     assert (config.schedule, config.data, config.parallel) == (below.schedule, below.data, below.parallel)
@@ -138,7 +139,8 @@ def test_the_plain_recipe_leaves_a_model_without_any_technique(model: str) -> No
 @pytest.mark.parametrize("model", SMALL_MODELS)
 def test_the_plain_recipe_takes_back_what_was_switched_on_below_it(model: str, tmp_path: Path) -> None:
     techniques = "model: {norm_placement: sandwich, moe: {output_norm: true}, init: {embedding_std: 1.0}}\n"
-    path = write(tmp_path, "mine.yaml", f"{techniques}optimizer: {{update_clip: rms}}\n")
+    techniques += "optimizer: {update_clip: rms}\nstability: {qk_clip: {kind: max_logit}}\n"
+    path = write(tmp_path, "mine.yaml", techniques)
     plain = load_config([model, "recipes/plain"])
     assert load_config([model, path, "recipes/plain"]) == plain
     both = load_config([model, "recipes/recommended", "recipes/plain"])
