@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moe.config.schedule import LinearLr, Stage
 from moe.config.trainer import TrainerConfig
 from moe.schedule import Timeline
-from tuning.noise_floor import noise_floor
+from tuning.noise_floor import noise_floor, varying_noise_floor
 from tuning.series import Series
 from tuning.spike_score import spike_score
 
@@ -93,7 +93,11 @@ def _balance(series: Series, config: TrainerConfig, excluded_steps: Set[int]) ->
         return {}
     moe, timeline = config.model.moe, Timeline(config)
     moments = [timeline.at(int(step) - 1) for step in steps]
-    floors = [noise_floor(moe.num_experts, moe.top_k, m.global_batch_size * m.sequence_length) for m in moments]
+    tokens = [m.global_batch_size * m.sequence_length for m in moments]
+    if moe.experts_vary:
+        floors = [varying_noise_floor(moe.num_experts, moe.mean_experts, number) for number in tokens]
+    else:
+        floors = [noise_floor(moe.num_experts, moe.top_k, number) for number in tokens]
     return {
         "max_vio_early": float(max_vio[: _percent(10, series.steps)].mean()),
         "max_vio_late": float(_last(max_vio, 10, series.steps).mean()),

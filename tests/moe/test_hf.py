@@ -294,6 +294,8 @@ def test_dtypes_survive() -> None:
         ({"activation": {"kind": "swiglu_clamp"}}, r"model\.activation\.kind=swiglu_clamp \(only swiglu\)"),
         ({"activation": {"kind": "situ_glu"}}, r"model\.activation\.kind=situ_glu \(only swiglu\)"),
         ({"moe": {"output_norm": True}}, r"model\.moe\.output_norm=True \(only False\)"),
+        ({"moe": {"num_identity_experts": 4}}, r"model\.moe\.num_identity_experts=4 \(only 0\)"),
+        ({"moe": {"selection": {"kind": "threshold"}}}, r"model\.moe\.selection\.kind=threshold \(only top_k\)"),
         ({"moe": {"num_experts": 1, "top_k": 1}}, r"model\.moe\.num_experts=1 "),
         ({"attention": {"kind": "mha"}, "moe": {"affinity": "softmax"}}, "kind=mha.*; .*affinity=softmax"),
     ],

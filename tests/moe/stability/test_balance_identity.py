@@ -1,4 +1,4 @@
-"""What must hold under every rule that balances a fixed number of experts by the bias: it decides who is chosen, and never what a gate is."""
+"""What must hold under every rule for a fixed number of experts: the bias decides who is chosen, no gate."""
 
 import functools
 from collections.abc import Sequence
