@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moe.config.schedule import LinearLr, Stage
 from moe.config.trainer import TrainerConfig
 from moe.schedule import Timeline
-from tuning.noise_floor import noise_floor
+from tuning.noise_floor import noise_floor, varying_noise_floor
 from tuning.series import Series
 from tuning.spike_score import spike_score
 
@@ -95,10 +95,11 @@ def _balance(series: Series, config: TrainerConfig, excluded_steps: Set[int]) ->
         return {}
     moe, timeline = config.model.moe, Timeline(config)
     moments = [timeline.at(int(step) - 1) for step in steps]
-    floors = [
-        noise_floor(moe.num_experts, max(1, round(moe.mean_experts)), m.global_batch_size * m.sequence_length)
-        for m in moments
-    ]
+    tokens = [m.global_batch_size * m.sequence_length for m in moments]
+    if moe.experts_vary:
+        floors = [varying_noise_floor(moe.num_experts, moe.mean_experts, number) for number in tokens]
+    else:
+        floors = [noise_floor(moe.num_experts, moe.top_k, number) for number in tokens]
     # Without the metric every token has as many.
     every_step = series.train.get("moe/real_experts_mean", [float(moe.top_k)] * len(series.train["train/loss"]))
     _, real_experts = _counted(every_step, excluded_steps)

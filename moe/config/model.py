@@ -173,7 +173,7 @@ class MoeConfig(Config):
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups ({self.top_groups}) is larger than num_groups ({self.num_groups})")
         per_group = self.num_experts // self.num_groups
-        if self.top_k > self.top_groups * per_group:
+        if self.top_groups < self.num_groups and self.top_k > self.top_groups * per_group:
             raise ValueError(
                 f"top_k ({self.top_k}) is more than the {self.top_groups} chosen groups hold "
                 f"({self.top_groups} x {per_group} experts)"

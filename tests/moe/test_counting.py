@@ -37,6 +37,24 @@ def test_multi_token_prediction_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("moe", "experts"),
+    [
+        ({"num_identity_experts": 8}, 4 * 16 / 24),
+        ({"num_identity_experts": 8, "experts_per_token": 1.5}, 1.5),
+        ({"selection": {"kind": "threshold"}}, 4),
+    ],
+)
+def test_where_the_number_of_experts_varies_its_intended_mean_is_active(moe: dict[str, Any], experts: float) -> None:
+    count, plain = count_parameters(small_config(moe=moe)), count_parameters(small_config())
+    one = 2 * 3 * 32 * 24  # an expert in each of two layers
+    router = 2 * 32 * moe.get("num_identity_experts", 0)
+    assert count.total == plain.total + router
+    assert count.active == plain.active + router + round((experts - 4) * one)
+    flops = [training_flops_per_token(small_config(moe=change), 16) for change in (moe, {})]
+    assert flops[0] - flops[1] == 6 * (router + round((experts - 4) * one))
+
+
+@pytest.mark.parametrize(
     ("changes", "gains"),
     [
         ({"norm_placement": "sandwich"}, 3 * 2 * 32),

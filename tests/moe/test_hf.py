@@ -300,6 +300,8 @@ def test_dtypes_survive() -> None:
             r"model\.moe\.group_score=unbiased \(only biased\)",
         ),
         ({"moe": {"output_norm": True}}, r"model\.moe\.output_norm=True \(only False\)"),
+        ({"moe": {"num_identity_experts": 4}}, r"model\.moe\.num_identity_experts=4 \(only 0\)"),
+        ({"moe": {"selection": {"kind": "threshold"}}}, r"model\.moe\.selection\.kind=threshold \(only top_k\)"),
         ({"moe": {"num_experts": 1, "top_k": 1}}, r"model\.moe\.num_experts=1 "),
         ({"attention": {"kind": "mha"}, "moe": {"affinity": "softmax"}}, "kind=mha.*; .*affinity=softmax"),
     ],

@@ -1,4 +1,4 @@
-"""What must hold under every bias rule for a fixed number of experts: the bias decides who is chosen, and no gate."""
+"""What must hold under every rule for a fixed number of experts: the bias decides who is chosen, no gate."""
 
 import functools
 from collections.abc import Sequence
