@@ -188,7 +188,7 @@ class RunConfig(TrainerConfig):
             raise ValueError(
                 f"model.moe.bias_domains ({biases}) is not the number of classes: {listed} (one per list of patterns, "
                 f"and class 0 for all others); set bias_domains to {classes}"
-                + (f", or give {biases - 1} lists of patterns" if biases > 1 else "")
+                + (f", or give {biases - 1} list(s) of patterns" if biases > 1 else "")
             )
         return self
 
