@@ -26,7 +26,16 @@ def kinds(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]
 
 
 def test_every_kind_of_a_technique_has_a_row() -> None:
-    families = ("stability.", "model.activation", "schedule.decay", "schedule", "optimizer")
+    families = (
+        "stability.",
+        "model.activation",
+        "model.residual",
+        "model.moe.selection",
+        "schedule.decay",
+        "schedule",
+        "optimizer",
+        "precision.fp8",
+    )
     # The shape of a stage's learning rate is in the row of stages.
     wanted = {
         f"`{key}.kind={kind}`" for key, kind in kinds(RunConfig) if key.startswith(families) and "stages" not in key

@@ -43,8 +43,10 @@ class MhcConfig(Config):
     alpha: PositiveFloat = 0.01
     """Initial factor of the part of A, B and C that depends on the token (unconfirmed)."""
     sinkhorn_rounds: PositiveInt = 20
-    """Rounds of column and row normalisation that make B doubly stochastic. Rows are exact after each; columns are off
-    by up to 2e-4 after 20 rounds for logits of standard deviation 1, by 5e-2 for 3 (typically)."""
+    """Rounds of column and row normalisation that make B doubly stochastic. Rows are exact after each. Columns of 1000
+    random 4 x 4 matrices are off by up to 2e-16, 2e-4 and 5e-2 after 20 rounds where logits have a standard deviation
+    of 0.3, 1 and 3 (medians 0, 4e-13 and 2e-4); around the start, which is near the identity, 20 rounds leave a third
+    of what is off."""
 
 
 ResidualConfig = Annotated[PlainResidualConfig | HyperConfig | MhcConfig, Field(discriminator="kind")]

@@ -43,9 +43,10 @@ class _Sinkhorn(torch.autograd.Function):
         b_NNT = logits_NNT.softmax(dim=0)
         kept = [b_NNT]
         for half in range(1, 2 * rounds):
-            sums = b_NNT.sum(dim=half % 2, keepdim=True).clamp_(min=tiny)
-            b_NNT = b_NNT / sums
-            kept += [sums, b_NNT]
+            sums = b_NNT.sum(dim=half % 2, keepdim=True)
+            inverse = sums.reciprocal().masked_fill_(sums < tiny, 0.0)
+            b_NNT = b_NNT * inverse
+            kept += [inverse, b_NNT]
         ctx.save_for_backward(*kept)
         return b_NNT
 
@@ -55,9 +56,9 @@ class _Sinkhorn(torch.autograd.Function):
         first, *kept = ctx.saved_tensors
         grad_NNT = grads[0].contiguous()
         for index in range(len(kept) - 2, -1, -2):
-            sums, b_NNT = kept[index], kept[index + 1]
+            inverse, b_NNT = kept[index], kept[index + 1]
             dim = (index // 2 + 1) % 2
-            grad_NNT = (grad_NNT - (grad_NNT * b_NNT).sum(dim=dim, keepdim=True)).div_(sums)
+            grad_NNT = (grad_NNT - (grad_NNT * b_NNT).sum(dim=dim, keepdim=True)).mul_(inverse)
         return (grad_NNT - (grad_NNT * first).sum(dim=0, keepdim=True)).mul_(first), None
 
 
@@ -66,7 +67,7 @@ def sinkhorn(logits_NNT: torch.Tensor, rounds: int) -> torch.Tensor:
 
     The axes are (to, from, T): a row is what one stream receives and adds up over axis 1. Rows end exact, columns as
     near as the rounds bring them, which is the less the nearer the result is to a permutation. What underflows, 87
-    below its column's largest logit, stays 0 and is never 0 / 0.
+    below its column's largest logit, stays 0, without a gradient.
     """
     b_NNT: torch.Tensor = _Sinkhorn.apply(logits_NNT, rounds)
     return b_NNT

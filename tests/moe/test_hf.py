@@ -291,6 +291,8 @@ def test_dtypes_survive() -> None:
         ({"attention": {"qk_norm": True}}, r"model\.attention\.qk_norm=True \(only False\)"),
         ({"attention": {"scale_latents": True}}, r"model\.attention\.scale_latents=True \(only False\)"),
         ({"attention": {"kind": "mha", "qk_norm": True}}, r"kind=mha \(only mla\); model\.attention\.qk_norm=True"),
+        ({"residual": {"kind": "hyper"}}, r"model\.residual\.kind=hyper \(only plain\)"),
+        ({"residual": {"kind": "mhc"}}, r"model\.residual\.kind=mhc \(only plain\)"),
         ({"activation": {"kind": "swiglu_clamp"}}, r"model\.activation\.kind=swiglu_clamp \(only swiglu\)"),
         ({"activation": {"kind": "situ_glu"}}, r"model\.activation\.kind=situ_glu \(only swiglu\)"),
         ({"moe": {"hash_layers": 1}}, r"model\.moe\.hash_layers=1 \(only 0\)"),

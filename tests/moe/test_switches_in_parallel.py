@@ -40,6 +40,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "normed experts": {"moe": {"output_norm": True}},
     "clamped": {"activation": {"kind": "swiglu_clamp", "limit": 0.3}},
     "smoothly bounded": {"activation": {"kind": "situ_glu", "gate_bound": 0.5, "up_bound": 0.8}},
+    # An alpha of 1: with 0.01 the streams stay equal but for rounding, and so do gradients that only their differences
+    # give.
+    "unconstrained streams": {"residual": {"kind": "hyper", "alpha": 1.0}},
+    "constrained streams": {"residual": {"kind": "mhc", "alpha": 1.0}},
     "small outputs, large embeddings": {"init": {"output_scale": "depth", "embedding_std": 1.0}},
     "all at once": {
         "norm_placement": "sandwich",
@@ -105,6 +109,11 @@ def test_ranks_train_what_one_process_trains_with_several_switches(parallel: dic
 
 def test_sharded_expert_parallel_ranks_train_what_one_process_trains_with_all_switches() -> None:
     check("all at once", PARALLEL["ep2-sharded"], tolerance=CANCELLED)
+
+
+@pytest.mark.parametrize("parallel", ["replicas", "ep2-sharded"])
+def test_ranks_train_what_one_process_trains_with_constrained_streams(parallel: str) -> None:
+    check("constrained streams", PARALLEL[parallel])
 
 
 def test_bf16_ranks_agree_to_its_rounding_with_a_clamp() -> None:
