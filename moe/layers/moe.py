@@ -8,7 +8,7 @@ from torch import nn
 
 from moe.config.model import ModelConfig
 from moe.layers.activation import build_activation
-from moe.layers.dispatch import dispatch_combine
+from moe.layers.dispatch import RowCodec, dispatch_combine
 from moe.layers.experts import Experts
 from moe.layers.ffn import FeedForward
 from moe.layers.norm import RMSNorm
@@ -24,6 +24,7 @@ class MoeLayer(nn.Module):
         super().__init__()
         c = config.moe
         self.ranks = ranks
+        self.row_codec: RowCodec | None = None
         self.router = Router(config.hidden_size, c)
         activation = build_activation(config.activation)
         self.experts = Experts(c.num_experts // ranks.ep, config.hidden_size, c.expert_size, activation)
@@ -43,7 +44,7 @@ class MoeLayer(nn.Module):
         real_T = None if positions.real_BS is None else positions.real_BS.flatten()
         routing = self.router(x_TD, real_T, chosen_TK)
         y_TD = dispatch_combine(
-            x_TD, routing.ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks
+            x_TD, routing.ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks, self.row_codec
         )
         # After the combine: every rank norms whole sums, however the experts are divided.
         y_TD = self.output_norm(y_TD)
