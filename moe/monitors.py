@@ -227,7 +227,7 @@ def _after_moe(gathered: _Gathered, layer: int, module: MoeLayer, args: Any, out
         return torch.zeros_like(rows)
 
     run_experts: Callable[..., torch.Tensor] = watch
-    dispatch_combine(x_TD, ids_TK, gates_TK, module.experts.num_experts, run_experts, module.ranks)
+    dispatch_combine(x_TD, ids_TK, gates_TK, module.experts.num_experts, run_experts, module.ranks, module.row_codec)
 
 
 def _measurements(model: Transformer, found: dict[str, list[float]]) -> Measurements:

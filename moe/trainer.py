@@ -11,8 +11,10 @@ from typing import Literal
 import torch
 
 from moe.batch import Batch, BatchSource
+from moe.config.fp8 import DeepseekV3Fp8Config
 from moe.config.schedule import StagedSchedule
 from moe.config.trainer import TrainerConfig
+from moe.fp8.place import use_fp8
 from moe.fsdp import release_gathered, shard_dense_parameters, sync_gradients
 from moe.init import initialise
 from moe.loss import counted_targets, cross_entropy_sum
@@ -98,6 +100,8 @@ class Trainer:
             torch.set_num_threads(config.parallel.threads)
         self.model = Transformer(config.model, ranks, compute_dtype(config.precision)).to(ranks.device)
         initialise(self.model, config.model.init, config.seed, ranks)
+        fp8 = config.precision.fp8
+        self.fp8_tally = use_fp8(self.model, fp8, ranks) if isinstance(fp8, DeepseekV3Fp8Config) else None
         sharded = config.parallel.dense == "shard"
         if sharded:
             shard_dense_parameters(self.model, ranks)
@@ -125,6 +129,8 @@ class Trainer:
         for technique in self.techniques.values():
             technique.before_step(moment)
         chosen = self._given_experts(micro_batches, moment)
+        if self.fp8_tally is not None:
+            self.fp8_tally.clear()  # of what chose experts for later batches, too
         sums = self._forward_backward(micro_batches, chosen, counts, moment)
         self.parameters.reduce_gradients()
         norms = self._measure_gradients()
@@ -232,11 +238,15 @@ class Trainer:
         asked = [float(name in self._requested) for name in _REQUESTS]
         self._requested.clear()
         host = torch.tensor([wire.payload, wire.metadata, *asked], dtype=torch.float64, device=device)
+        fp8 = [] if self.fp8_tally is None else [self.fp8_tally.sums]
         sums_of_routing = (routing.entropy, routing.decisions, routing.visits)
-        local = torch.cat((torch.stack([*sums.loss.values(), *sums_of_routing]), host))
+        local = torch.cat((torch.stack([*sums.loss.values(), *sums_of_routing]), host, *fp8))
         summed = self.ranks.sum_over_world(local).tolist()
         metrics = {f"train/{name}": summed.pop(0) for name in sums.loss}
-        entropy, decisions, visits, payload, metadata, *asked = summed
+        entropy, decisions, visits, payload, metadata, *rest = summed
+        asked, fp8_sums = rest[: len(_REQUESTS)], rest[len(_REQUESTS) :]
+        if self.fp8_tally is not None:
+            metrics |= self.fp8_tally.figures(fp8_sums)
         requests = frozenset(name for name, count in zip(_REQUESTS, asked, strict=True) if count)
         if routing.counts_ME is None:
             return metrics, None, requests

@@ -9,6 +9,7 @@ from moe.config.balance import NoBalanceConfig, SignBalanceConfig, balance_probl
 from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
 from moe.config.clip import GroupClipConfig, SpamClipConfig
+from moe.config.fp8 import DeepseekV3Fp8Config, Fp8Config, NoFp8Config
 from moe.config.model import ModelConfig
 from moe.config.monitors import MonitorsConfig
 from moe.config.nodes import nodes_problem
@@ -23,6 +24,8 @@ class PrecisionConfig(Config):
 
     compute: Literal["fp32", "bf16"] = "fp32"
     """Dtype of matrix products and of tokens on the wire."""
+    fp8: Fp8Config = NoFp8Config()
+    """Which matrix products are in FP8, and how."""
 
 
 class ParallelConfig(Config):
@@ -158,6 +161,8 @@ class TrainerConfig(Config):
             unused = [f"stability.clip.{group}_max_norm" for group, limit in groups.items() if limit is not None]
         if not self.optimizer.decay_router:
             unused.append("optimizer.decay_router")
+        if isinstance(self.precision.fp8, DeepseekV3Fp8Config) and self.precision.fp8.dispatch:
+            unused.append("precision.fp8.dispatch")
         if unused:
             raise ValueError(f"{unused[0]} has no effect, since model.moe.num_experts is 0; leave it out")
         return self

@@ -8,7 +8,7 @@ from torch import nn
 
 from moe.config.model import ModelConfig
 from moe.layers.activation import build_activation
-from moe.layers.dispatch import dispatch_combine
+from moe.layers.dispatch import RowCodec, dispatch_combine
 from moe.layers.experts import Experts
 from moe.layers.ffn import FeedForward
 from moe.layers.hash_routing import HashChoice
@@ -34,6 +34,7 @@ class MoeLayer(nn.Module):
         if hash_layer is not None:
             assert config.vocab_size is not None
             self.hash_choice = HashChoice(config.vocab_size, c.num_experts, c.top_k, hash_layer)
+        self.row_codec: RowCodec | None = None
         self.router = Router(config.hidden_size, c)
         activation = build_activation(config.activation)
         self.experts = Experts(c.num_experts // ranks.ep, config.hidden_size, c.expert_size, activation)
@@ -63,8 +64,15 @@ class MoeLayer(nn.Module):
         if route_only:
             return torch.zeros_like(x_BSD), routing
         c = self.router.config
-        ids_TK = real_choices(routing.ids_TK, c)
-        y_TD = dispatch_combine(x_TD, ids_TK, routing.gates_TK, self.experts.num_experts, self.experts, self.ranks)
+        y_TD = dispatch_combine(
+            x_TD,
+            real_choices(routing.ids_TK, c),
+            routing.gates_TK,
+            self.experts.num_experts,
+            self.experts,
+            self.ranks,
+            self.row_codec,
+        )
         if c.num_identity_experts:
             # Here, on the token's own rank: what computes nothing need not travel.
             y_TD = y_TD + identity_sum(x_TD, routing.ids_TK, routing.gates_TK, c)
