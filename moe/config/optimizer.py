@@ -13,6 +13,9 @@ Epsilon = Annotated[float, Field(ge=1e-20)]
 class AdamwOptions(Config):
     """What every optimizer has: a learning rate, and AdamW for all parameters or for some."""
 
+    outlive_kind: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+    """Keys that mean the same in every kind: a layer of config that changes the kind leaves them as they are."""
+
     kind: str
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
