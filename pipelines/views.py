@@ -99,14 +99,6 @@ ROUTING = View(
             ),
         ),
         Section("3 What it costs", (LineChart("train/loss", "log"), LineChart("val/loss", "log"))),
-        Section(
-            "4 Experts per token, where it varies",
-            (
-                LineChart("moe/real_experts_mean"),
-                LineChart("moe/real_experts_std"),
-                LineChart("moe/real_experts_none"),
-            ),
-        ),
     ),
     columns=_COLUMNS,
     search="tags.role = 'train'",

@@ -83,9 +83,10 @@ class BudgetBalanceConfig(Config):
     """
 
     kind: Literal["budget"] = "budget"
-    bias_update_rate: PositiveFloat = 1e-3
+    bias_update_rate: PositiveFloat = 1e-2
     """Step of the bias of an expert without any token (u); an expert with twice its share moves down as far. In terms
-    of the report's mu, u = mu * experts_per_token / (top_k * num_experts)."""
+    of the report's mu, which it does not give, u = mu * experts_per_token / (top_k * num_experts). The default, of this
+    project, moves sigmoid affinities' biases by 1e-3 where a load is off by a tenth."""
     schedule: BiasScheduleConfig = BiasScheduleConfig()
 
 
@@ -97,7 +98,8 @@ class ThresholdBalanceConfig(Config):
 
     kind: Literal["threshold"] = "threshold"
     smoothing: Share = 0.9
-    """Share of the old threshold that is kept at each update (lambda)."""
+    """Share of the old threshold that is kept at each update (lambda): thresholds follow affinities some
+    smoothing / (1 - smoothing) steps behind."""
     schedule: BiasScheduleConfig = BiasScheduleConfig()
 
 
