@@ -81,8 +81,8 @@ def test_without_it_nothing_is_reported() -> None:
 
 def test_losses_stay_near_those_of_fp32() -> None:
     plain, _ = trained([], steps=12)
-    for options in ({}, {"dispatch": True, "scales": "power_of_two"}):
-        rounded, _ = trained([fp8(**options)], steps=12)
+    for changes in (fp8(), fp8(dispatch=True, scales="power_of_two")):
+        rounded, _ = trained([changes], steps=12)
         assert rounded[-1]["train/loss"] == pytest.approx(plain[-1]["train/loss"], rel=5e-3)
         assert rounded[-1]["train/loss"] != plain[-1]["train/loss"]
 
