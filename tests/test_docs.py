@@ -62,7 +62,7 @@ def test_every_key_of_a_row_is_one_of_the_config() -> None:
     keys = {
         key
         for column in FIRST_COLUMNS
-        for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)[=.{`]?", column)
+        for key in re.findall(r"`([a-z_]+(?:\.[a-z0-9_]+)+)[=.{`]?", column)
         if not key.startswith("moe/")
     }
     assert len(keys) > 15
