@@ -137,9 +137,9 @@ class HyperConnection(nn.Module):
 
     @staticmethod
     def _write(kept_TND: torch.Tensor, c_NT: torch.Tensor, y_BSD: torch.Tensor) -> torch.Tensor:
-        y_T1D = _wide(y_BSD.flatten(0, 1)).unsqueeze(1)
-        x_TND = torch.addcmul(kept_TND, c_NT.t().unsqueeze(-1), y_T1D).to(y_BSD.dtype)
-        return x_TND.view(*y_BSD.shape[:2], *x_TND.shape[1:])
+        kept_BSND, c_BSN1 = (x.unflatten(0, y_BSD.shape[:2]) for x in (kept_TND, c_NT.t().unsqueeze(-1)))
+        # The result is no view: a block returns it, and FSDP hangs its hooks on what a block returns.
+        return torch.addcmul(kept_BSND, c_BSN1, _wide(y_BSD).unsqueeze(2)).to(y_BSD.dtype)
 
 
 class Collapse(nn.Module):
