@@ -311,9 +311,11 @@ def test_a_trigger_in_the_meantime_prolongs_the_mode_and_keeps_the_queue() -> No
     assert lags(trainer, 12) == [None, None, 0, 1, 2, 3, 3, 3, 3, None, None, None]
 
 
-def test_a_trigger_after_the_end_ramps_up_anew() -> None:
-    trainer = tiny_trainer(tiny_config(triggered([1, 8], steps=4)))
-    assert lags(trainer, 13) == [None, 0, 1, 2, 3, None, None, None, 0, 1, 2, 3, None]
+@pytest.mark.parametrize("pause", [1, 3])
+def test_a_trigger_after_the_end_ramps_up_anew(pause: int) -> None:
+    """Also where the old queue still held the batch."""
+    trainer = tiny_trainer(tiny_config(triggered([1, 5 + pause], steps=4)))
+    assert lags(trainer, 10 + pause) == [None, 0, 1, 2, 3, *[None] * pause, 0, 1, 2, 3, None]
 
 
 def test_the_trainer_can_be_told_to_anticipate() -> None:
@@ -394,8 +396,8 @@ def test_a_run_that_is_prolonged_goes_on_where_its_queue_ran_dry() -> None:
     [
         # In the ramp, where it ends, in the steady state.
         ([always()], (1, 3, 5)),
-        # Before the trigger, in its ramp, at full lag, past its last step, past a second trigger.
-        ([triggered([2, 8], steps=5), PARTS], (1, 3, 6, 7, 9)),
+        # Before the trigger, in its ramp, at full lag, past a second trigger.
+        ([triggered([2, 8], steps=5)], (1, 3, 6, 9)),
         ([always(), STAGES], (2, 5)),
     ],
     ids=["always", "triggered", "stages"],
