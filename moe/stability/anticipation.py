@@ -115,7 +115,8 @@ class Anticipation(Technique):
         if not self._now:
             return
         for router, routing in zip(routers, routings, strict=True):
-            stale_T = (router.select(routing.affinity_TE) != routing.ids_TK).any(dim=1)  # both are sorted
+            own_TK = router.select(routing.affinity_TE, routing.domains_T)
+            stale_T = (own_TK != routing.ids_TK).any(dim=1)  # both are sorted
             real_T = torch.ones_like(stale_T) if routing.real_T is None else routing.real_T
             self._stale += torch.stack(((stale_T & real_T).sum(), real_T.sum()))
 

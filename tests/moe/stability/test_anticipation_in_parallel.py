@@ -57,7 +57,12 @@ def test_the_reference_trains_on_choices_that_today_would_be_others(alone: dict[
         assert min(stale[1:]) > 0.01
 
 
-@pytest.mark.parametrize("division", DIVISIONS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "division", ["replicas", "ep2-sharded", pytest.param("ep2", marks=SLOW), pytest.param("sharded", marks=SLOW)]
+)
 def test_ranks_train_what_one_process_trains(alone: dict[str, Run], division: str) -> None:
     """The queue among it: ids of every token, in the order of the global batch."""
     runs = runs_of(CASES, division)
@@ -91,6 +96,7 @@ def test_bytes_on_the_wire_are_those_of_training() -> None:
     assert min(without) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("division", ["ep2", "ep2-sharded"])
 def test_the_state_continues_bit_for_bit(division: str) -> None:
     for broken in run_distributed(resumed, 2, CASES, DIVISIONS[division], (1, 2, 4), timeout_s=240):
@@ -120,7 +126,11 @@ def take_up(rank: int, world: int, changes: list[Any], parallel: dict[str, Any],
 
 @pytest.mark.parametrize(("changes", "after"), [([ALWAYS], 1), ([TRIGGERED], 3), ([ALWAYS, STAGES], 2)])
 @pytest.mark.parametrize(
-    ("before", "later"), [((1, "replicas"), (2, "ep2-sharded")), ((2, "ep2"), (1, "replicas"))], ids=["to 2", "to 1"]
+    ("before", "later"),
+    [
+        pytest.param((1, "replicas"), (2, "ep2-sharded"), id="to 2"),
+        pytest.param((2, "ep2"), (1, "replicas"), id="to 1", marks=SLOW),
+    ],
 )
 def test_another_division_takes_the_queue_up_in_ramp_steady_state_triggered_period_and_stages(
     changes: list[Any], after: int, before: tuple[int, str], later: tuple[int, str], tmp_path: Path
