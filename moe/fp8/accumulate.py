@@ -4,10 +4,11 @@ What is emulated: products are taken 32 at a time, exactly. They and the sum so 
 among them, of each only the 14 highest bits from there down are kept (what is below is cut off, towards zero), they are
 added, and the sum is cut to 14 bits again.
 
-Sources: that 32 products are aligned to their largest exponent, cut to 14 bits and accumulated with 14 bits is in
-DeepSeek-V3, arXiv 2412.19437, section 3.5.2 (its authors measured it). That the sum so far is aligned with the products
-is how earlier tensor cores work (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021); for Hopper it is
-unconfirmed, as is the direction in which negative numbers are cut.
+Sources: some 14 bits, and promotion every 128, are in DeepSeek-V3, arXiv 2412.19437, section 3.3.2. That 32 products at
+a time are aligned to their largest exponent and cut is attributed to its section 3.5.2, wording unconfirmed. That the
+sum so far is aligned with the products is how earlier tensor cores were found to work (Fasi et al., "Numerical behavior
+of NVIDIA tensor cores", 2021, unconfirmed); for Hopper that and the direction in which negative numbers are cut are
+unconfirmed. Were the sum added apart, errors without promotion would be several times smaller.
 
 Shape legend: M and N outputs, K summed over.
 """
