@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 
 Wire = Literal["fp32", "bf16", "fp8"]
-"""fp8 is DeepSeek-V3's (arXiv 2412.19437, section 3.3): vectors and gradients go out in FP8, sums come back in bf16."""
+"""fp8 is that of ``precision.fp8.dispatch`` beside bf16: vectors go out in FP8, all else travels in bf16. (DeepSeek-V3,
+arXiv 2412.19437, section 3.3.3, also sends out the gradients of the experts' sums in FP8.)"""
 
-FP8_TILE = 128
-"""Values that share a scale."""
+_FP8_TILE = 128
+"""Values that share a scale, which is a byte: a power of two."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,22 @@ class Spread:
         return self.parts * (1 - math.comb(outside, top_k) / math.comb(self.num_experts, top_k))
 
 
-def dispatch_bytes(width: int, wire: Wire, scale_bytes: int = 4) -> int:
-    """Bytes of one vector of ``width`` values on its way out; ``scale_bytes`` are those of an FP8 tile's scale.
-
-    A scale is 4 bytes in fp32 and 1 as a power of two (E8M0).
-    """
+def dispatch_bytes(width: int, wire: Wire) -> int:
+    """Bytes of one vector of ``width`` values on its way out."""
     if wire == "fp8":
-        return width + math.ceil(width / FP8_TILE) * scale_bytes
+        return width + math.ceil(width / _FP8_TILE)
     return combine_bytes(width, wire)
 
 
 def combine_bytes(width: int, wire: Wire) -> int:
-    """Bytes of one vector of ``width`` values on its way back."""
+    """Bytes of one vector of ``width`` values on its way back, and of a gradient either way."""
     return width * (4 if wire == "fp32" else 2)
 
 
-def payload_bytes(remote_visits: int, width: int, wire: Wire, *, training: bool, scale_bytes: int = 4) -> int:
+def payload_bytes(remote_visits: int, width: int, wire: Wire, *, training: bool) -> int:
     """Bytes that so many (token, remote part) pairs of a layer cost, all ranks' sends together.
 
-    Dispatch and combine; in training as much again, since the gradient of a combine is dispatched and that of a
-    dispatch combined.
+    Dispatch and combine; in training also the gradient of a combine, which goes out, and that of a dispatch.
     """
-    there_and_back = dispatch_bytes(width, wire, scale_bytes) + combine_bytes(width, wire)
-    return remote_visits * there_and_back * (2 if training else 1)
+    passes = dispatch_bytes(width, wire) + (3 if training else 1) * combine_bytes(width, wire)
+    return remote_visits * passes

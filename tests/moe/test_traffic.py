@@ -45,15 +45,14 @@ def test_parts_are_counted_once_and_ids_beyond_the_experts_nowhere() -> None:
 
 def test_bytes_of_a_token_of_deepseek_v3() -> None:
     """7.2 KB out (a value a byte, and a scale for every 128 of them), 14.3 KB back."""
-    assert dispatch_bytes(7168, "fp8", scale_bytes=1) == 7168 + 56
-    assert dispatch_bytes(7168, "fp8") == 7168 + 4 * 56
+    assert dispatch_bytes(7168, "fp8") == 7168 + 56
     assert combine_bytes(7168, "fp8") == 14_336
-    assert dispatch_bytes(130, "fp8") == 130 + 2 * 4
+    assert dispatch_bytes(130, "fp8") == 130 + 2
     assert (dispatch_bytes(7168, "bf16"), combine_bytes(7168, "bf16")) == (14_336, 14_336)
     assert (dispatch_bytes(7168, "fp32"), combine_bytes(7168, "fp32")) == (28_672, 28_672)
     # At most 4 nodes, one of them the token's own or not.
-    assert payload_bytes(4, 7168, "fp8", training=False, scale_bytes=1) == 4 * (7224 + 14_336)
-    assert payload_bytes(4, 7168, "fp8", training=True) == 2 * 4 * (7392 + 14_336)
+    assert payload_bytes(4, 7168, "fp8", training=False) == 4 * (7224 + 14_336)
+    assert payload_bytes(4, 7168, "fp8", training=True) == 4 * (7224 + 3 * 14_336)
 
 
 LIMITED: dict[str, Any] = {"num_experts": 16, "num_groups": 8, "top_groups": 2, "top_k": 4}
@@ -61,7 +60,10 @@ LIMITED: dict[str, Any] = {"num_experts": 16, "num_groups": 8, "top_groups": 2, 
 
 def config_of(world: int, compute: str, moe: dict[str, Any]) -> TrainerConfig:
     parallel = {"workers": world, "expert_parallel": world}
-    return tiny_config(MTP, {"model": {"moe": moe}, "parallel": parallel, "precision": {"compute": compute}})
+    precision: dict[str, Any] = {"compute": compute}
+    if compute == "fp8":
+        precision = {"compute": "bf16", "fp8": {"kind": "deepseek_v3", "dispatch": True}}
+    return tiny_config(MTP, {"model": {"moe": moe}, "parallel": parallel, "precision": precision})
 
 
 def predicted_and_measured(rank: int, world: int, compute: Any, moe: dict[str, Any]) -> dict[str, list[int]]:
@@ -91,7 +93,8 @@ def predicted_and_measured(rank: int, world: int, compute: Any, moe: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("world", "compute", "moe"), [(2, "fp32", {"hash_layers": 1}), (2, "bf16", LIMITED), (4, "fp32", LIMITED)]
+    ("world", "compute", "moe"),
+    [(2, "fp32", {"hash_layers": 1}), (2, "bf16", LIMITED), (2, "fp8", LIMITED), (4, "fp32", LIMITED)],
 )
 def test_what_is_predicted_from_expert_ids_is_what_was_sent(world: int, compute: str, moe: dict[str, Any]) -> None:
     ranks = run_distributed(predicted_and_measured, world, compute, moe)

@@ -89,9 +89,13 @@ def updated(rule: dict[str, Any], classes: int, domains_T: torch.Tensor, rows: t
     return router.biases
 
 
-@pytest.mark.parametrize("kind", [kind.model_fields["kind"].default for kind in BALANCE if kind.__name__[0] != "N"])
+# The rules of varying numbers of experts are refused with classes of documents.
+RULES = {kind.model_fields["kind"].default for kind in BALANCE} - {"none", "budget", "threshold"}
+
+
+@pytest.mark.parametrize("kind", sorted(RULES))
 def test_each_class_moves_as_if_it_were_alone(kind: str) -> None:
-    """Under every rule: the bias of a class is that of a router which saw the tokens of that class only."""
+    """The bias of a class is that of a router which saw the tokens of that class only."""
     _, domains_T, _ = tokens()
     together = updated({"kind": kind}, CLASSES, domains_T, torch.ones_like(domains_T, dtype=torch.bool), 4)
     for number in range(CLASSES):
