@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from moe.config.model import MhaConfig, MlaConfig, ModelConfig, MtpConfig
+from moe.config.residual import PlainResidualConfig
 from moe.model import Transformer
 from moe.parallel import Ranks
 
@@ -15,7 +16,7 @@ class ParameterCount:
 
     total: int
     active: int
-    """All but the routed experts that a token does not pass."""
+    """All but the routed experts that a token does not pass; where their number varies, at its intended mean."""
     active_without_embedding: int
     """``active`` less the input embedding, which is looked up rather than multiplied."""
 
@@ -27,7 +28,7 @@ def _count(config: ModelConfig) -> ParameterCount:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
-    idle = routed // config.moe.num_experts * (config.moe.num_experts - config.moe.top_k) if routed else 0
+    idle = round(routed // config.moe.num_experts * (config.moe.num_experts - config.moe.mean_experts)) if routed else 0
     return ParameterCount(total, total - idle, total - idle - sizes["embed.weight"])
 
 
@@ -46,6 +47,8 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     6 for every active parameter that multiplies the token: a multiplication and an addition, forward and twice
     backward (arXiv 2001.08361, section 2.1). A token attends to half of the sequence on average, so the products of
     queries with keys and of weights with values cost 6 * length/2 * heads * (query width + value width) per layer.
+    Several residual streams are combined by factors that are no parameters, and each is projected for multi-token
+    prediction.
 
     Raises:
         ValueError: ``config.vocab_size`` is not set.
@@ -53,7 +56,17 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     parameters = _count(config).active_without_embedding
     parameters += config.mtp.depth * config.hidden_size * (config.vocab_size or 0)  # the head is used once more
     per_layer = 3 * sequence_length * _attention_width(config.attention)
-    return 6 * parameters + (config.num_layers + config.mtp.depth) * per_layer
+    return 6 * (parameters + _stream_products(config)) + (config.num_layers + config.mtp.depth) * per_layer
+
+
+def _stream_products(config: ModelConfig) -> int:
+    """Multiplications of a forward that several residual streams add, those by parameters left out."""
+    if isinstance(config.residual, PlainResidualConfig):
+        return 0
+    n, depth = config.residual.streams, config.mtp.depth
+    sub_layers, collapses = 2 * (config.num_layers + depth), 1 + depth
+    widths = sub_layers * (n * n + 2 * n) + collapses * n + depth * (n - 1) * 2 * config.hidden_size
+    return widths * config.hidden_size
 
 
 def _attention_width(attention: MlaConfig | MhaConfig) -> int:

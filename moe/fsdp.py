@@ -16,7 +16,7 @@ def shard_dense_parameters(model: Transformer, ranks: Ranks) -> None:
     """
     if ranks.world == 1 or ranks.mesh is None:
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = ranks.mesh._flatten("world")
     experts = {parameter for name, parameter in model.named_parameters() if ".experts." in name}
@@ -26,6 +26,7 @@ def shard_dense_parameters(model: Transformer, ranks: Ranks) -> None:
         sharded.set_gradient_divide_factor(1.0)
         # Asks for plain sums: FSDP would ask for a factor of 1 by an operation that gloo does not have.
         sharded.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "choose")
 
 
 def sync_gradients(model: Transformer, sync: bool) -> None:

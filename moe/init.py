@@ -6,13 +6,23 @@ experts it holds, and any number of workers and any expert-parallel degree start
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from moe.config.model import InitConfig
-from moe.layers.norm import RMSNorm
+from moe.layers.selection import starting_bias
 from moe.model import Transformer
 from moe.parallel import Ranks
+
+
+@runtime_checkable
+class HasInitialValues(Protocol):
+    """A module some of whose own parameters do not start random."""
+
+    def initial_values(self) -> Mapping[str, torch.Tensor]:
+        """By the parameter's name in the module; broadcast to its shape."""
 
 
 def _normal_(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
@@ -37,12 +47,20 @@ def standard_deviation(name: str, config: InitConfig, num_layers: int) -> float:
 
 @torch.no_grad()
 def initialise(model: Transformer, config: InitConfig, seed: int, ranks: Ranks) -> None:
-    """Fill ``model`` in place: matrices from N(0, ``standard_deviation``^2), norm gains 1, expert biases 0."""
-    gains = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
+    """Fill ``model`` in place: matrices from N(0, ``standard_deviation``^2), expert biases 0, and what modules say.
+
+    Where biases are thresholds they start as ``starting_bias``.
+    """
+    given = {
+        id(module.get_parameter(name)): value
+        for module in model.modules()
+        if isinstance(module, HasInitialValues)
+        for name, value in module.initial_values().items()
+    }
     for name, parameter in model.named_parameters():
         std = standard_deviation(name, config, model.config.num_layers)
-        if id(parameter) in gains:
-            parameter.fill_(1.0)
+        if id(parameter) in given:
+            parameter.copy_(given[id(parameter)])
         elif ".experts." in name:
             first = ranks.ep_rank * parameter.shape[0]
             for local, expert in enumerate(parameter):
@@ -50,4 +68,4 @@ def initialise(model: Transformer, config: InitConfig, seed: int, ranks: Ranks) 
         else:
             _normal_(parameter, std, seed, name)
     for layer in model.moe_layers():
-        layer.router.expert_bias_E.zero_()
+        layer.router.biases.fill_(starting_bias(model.config))

@@ -1,7 +1,7 @@
 """The transformer: embedding, blocks, head, and multi-token prediction.
 
 Shape legend: B sequences, S positions, T = B*S tokens, L = S + 1 + MTP depth, D model width, V vocabulary,
-K experts per token.
+K experts per token. The residual stream is x: [B, S, D], or [B, S, N, D] where ``model.residual`` has N streams.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from moe.layers.linear import Linear
 from moe.layers.moe import MoeLayer
 from moe.layers.norm import RMSNorm
 from moe.layers.positions import Positions
+from moe.layers.residual import build_collapse, build_residual, spread
 from moe.layers.router import Routing
 from moe.parallel import Ranks
 
@@ -42,56 +43,70 @@ class Block(nn.Module):
             return RMSNorm(config.hidden_size, config.norm_eps) if stands else nn.Identity()
 
         before, after = config.norm_placement != "reordered", config.norm_placement != "pre"
+        self.attention_residual, self.ffn_residual = (build_residual(config, 2 * layer + i) for i in range(2))
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
         self.attention = build_attention(config)
         self.ffn_norm, self.ffn_post_norm = norm(before), norm(after)
         self.ffn: FeedForward | MoeLayer
         if config.is_moe_layer(layer):
-            self.ffn = MoeLayer(config, ranks)
+            self.ffn = MoeLayer(config, ranks, layer if config.is_hash_layer(layer) else None)
         else:
             activation = build_activation(config.activation)
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size, activation)
 
     def forward(
-        self, x_BSD: torch.Tensor, positions: Positions, chosen_TK: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        positions: Positions,
+        chosen_TK: torch.Tensor | None = None,
+        *,
+        route_only: bool = False,
     ) -> tuple[torch.Tensor, Routing | None]:
-        """[B, S, D] -> the same shape, and the routing if this layer has experts.
+        """The residual stream -> the same shape, and the routing if this layer has experts.
 
-        ``chosen_TK`` are expert ids to take instead of choosing.
+        ``chosen_TK`` are expert ids to take instead of choosing. With ``route_only`` the experts add nothing.
         """
-        x_BSD = x_BSD + self.attention_post_norm(self.attention(self.attention_norm(x_BSD), positions.mask_B1SS))
-        normed = self.ffn_norm(x_BSD)
+        read_BSD, add = self.attention_residual(x)
+        x = add(self.attention_post_norm(self.attention(self.attention_norm(read_BSD), positions.mask_B1SS)))
+        read_BSD, add = self.ffn_residual(x)
+        normed_BSD = self.ffn_norm(read_BSD)
         if isinstance(self.ffn, MoeLayer):
-            y_BSD, routing = self.ffn(normed, positions, chosen_TK)
-            return x_BSD + self.ffn_post_norm(y_BSD), routing
-        return x_BSD + self.ffn_post_norm(self.ffn(normed)), None
+            y_BSD, routing = self.ffn(normed_BSD, positions, chosen_TK, route_only=route_only)
+            return add(self.ffn_post_norm(y_BSD)), routing
+        return add(self.ffn_post_norm(self.ffn(normed_BSD))), None
 
 
 class MtpBlock(nn.Module):
     """Predicts the token after the next from the trunk's state and the next token (DeepSeek-V3, section 2.2).
 
-    Embedding and head are the trunk's; the rest is its own.
+    Embedding and head are the trunk's; the rest is its own. Of several streams each is joined with the next token by
+    itself, and the block's own weights collapse them (as public ports of DeepSeek-V4's inference code do).
     """
 
     def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
         super().__init__()
+        self.residual = config.residual
         self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.project = Linear(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config, config.num_layers, ranks)
+        self.collapse = build_collapse(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
         self,
-        hidden_BSD: torch.Tensor,
+        x: torch.Tensor,
         next_embedding_BSD: torch.Tensor,
         positions: Positions,
         chosen_TK: torch.Tensor | None = None,
+        *,
+        route_only: bool = False,
     ) -> tuple[torch.Tensor, Routing | None]:
-        """Trunk state (before its final norm) and the next token's embedding -> normalised state, routing."""
-        joined = torch.cat((self.hidden_norm(hidden_BSD), self.embed_norm(next_embedding_BSD)), dim=-1)
-        y_BSD, routing = self.block(self.project(joined), positions, chosen_TK)
-        return self.norm(y_BSD), routing
+        """Residual stream at the trunk's end and the next token's embedding -> normalised state, routing."""
+        ahead = spread(self.embed_norm(next_embedding_BSD), self.residual)
+        x = self.project(torch.cat((self.hidden_norm(x), ahead), dim=-1))
+        x, routing = self.block(x, positions, chosen_TK, route_only=route_only)
+        return self.norm(self.collapse(x)), routing
 
 
 class Transformer(nn.Module):
@@ -105,6 +120,7 @@ class Transformer(nn.Module):
         self.compute_dtype = dtype
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, ranks) for layer in range(config.num_layers))
+        self.collapse = build_collapse(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = MtpBlock(config, ranks) if config.mtp.depth else None
@@ -114,22 +130,44 @@ class Transformer(nn.Module):
 
         ``chosen`` are expert ids [T, K] for every MoE layer, to take instead of choosing.
         """
+        x, y_BSD, routings = self._states(batch, chosen)
+        mtp_logits = None if y_BSD is None else self.head(y_BSD)
+        return ModelOutput(self.head(self.norm(self.collapse(x))), mtp_logits, routings)
+
+    @torch.no_grad()
+    def choose(self, batch: Batch) -> list[torch.Tensor]:
+        """Expert ids [T, K] that every MoE layer chooses for ``batch``: a forward that ends at the last router.
+
+        Without gradients. Every rank of an expert-parallel group must call it.
+        """
+        return [routing.ids_TK for routing in self._states(batch, None, up_to_routers=True)[2]]
+
+    def _states(
+        self, batch: Batch, chosen: Sequence[torch.Tensor] | None, *, up_to_routers: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[Routing]]:
+        """The trunk's residual stream, the MTP block's state after its norm, and the routings.
+
+        With ``up_to_routers`` only the routings are whole: the last MoE layer runs no expert.
+        """
         depth = self.config.mtp.depth if self.mtp is not None else 0
         length = batch.ids_BL.shape[1] - 1 - depth
         positions = Positions(
             batch.ids_BL[:, :length],
             None if batch.real_BL is None else batch.real_BL[:, :length],
             None if batch.documents_BL is None else within_documents(batch.documents_BL[:, :length]),
+            None if batch.domains_BL is None else batch.domains_BL[:, :length],
         )
         choices = _choices(chosen)
         embedded_BLD = self.embed(batch.ids_BL[:, : length + depth]).to(self.compute_dtype)
-        x_BSD = embedded_BLD[:, :length]
+        x = spread(embedded_BLD[:, :length], self.config.residual)
         routings: list[Routing] = []
+        last = len(self.layers) - 1 + depth  # MoE layers are the last ones
         for block, layer in enumerate(self.layers):
-            x_BSD, routing = layer(x_BSD, positions, next(choices) if self.config.is_moe_layer(block) else None)
+            chosen_TK = next(choices) if self.config.is_moe_layer(block) else None
+            x, routing = layer(x, positions, chosen_TK, route_only=up_to_routers and block == last)
             if routing is not None:
                 routings.append(routing)
-        mtp_logits = None
+        y_BSD = None
         if self.mtp is not None:
             # It reads the next token as well, so a position counts as real only if that is. A position keeps the
             # document of its own token: with the next token's, the first document's last state would be a key for the
@@ -137,11 +175,10 @@ class Transformer(nn.Module):
             if batch.real_BL is not None:
                 real_ahead = batch.real_BL[:, :length] & batch.real_BL[:, 1 : length + 1]
                 positions = replace(positions, real_BS=real_ahead)
-            y_BSD, routing = self.mtp(x_BSD, embedded_BLD[:, 1:], positions, next(choices))
-            mtp_logits = self.head(y_BSD)
+            y_BSD, routing = self.mtp(x, embedded_BLD[:, 1:], positions, next(choices), route_only=up_to_routers)
             if routing is not None:
                 routings.append(routing)
-        return ModelOutput(self.head(self.norm(x_BSD)), mtp_logits, routings)
+        return x, y_BSD, routings
 
     def blocks(self) -> list[Block]:
         """Every block in order, the MTP block's last."""

@@ -3,8 +3,8 @@
 Hooks do the measuring. They stand on the modules during that one forward alone, so training neither pays for them nor
 changes by a bit. Padding never counts.
 
-Shape legend: B sequences, S positions, T = B*S tokens, D model width, H heads, K query-key width, P (token, expert)
-pairs, F expert width.
+Shape legend: B sequences, S positions, T = B*S tokens, D model width, H heads, P (token, expert) pairs, F expert width,
+N residual streams.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from moe.attention_logits import watch_logits
 from moe.batch import Batch
 from moe.fsdp import release_gathered
-from moe.layers.attention import Attention
 from moe.layers.dispatch import dispatch_combine
+from moe.layers.hyper_connections import HyperConnection
 from moe.layers.moe import MoeLayer
 from moe.layers.router import Routing
+from moe.layers.selection import real_choices
 from moe.model import Transformer
 from moe.parallel import Ranks
 
@@ -64,9 +66,13 @@ class Measurements:
     head_input: Inputs
     logit_rms: float
     """Root mean square of the next token's logits."""
+    residual_gain: tuple[float, float] | None = None
+    """Smallest and largest gain of the residual streams from the first block to the last, None for a plain residual:
+    absolute row and column sums of the product of all B of a token (hyper-connections), over real tokens. Row sums are
+    what equal streams are multiplied by, column sums what equal gradients are. 1 is a stream that is passed on."""
 
     def headline(self) -> dict[str, float]:
-        """The largest over the layers of what should not grow, by the name of the metric."""
+        """What should not grow, the largest over the layers, and what should stay near 1, by the metric's name."""
         metrics = {
             "activation/residual_rms": max(self.residual_rms),
             "attention/logit_max": max(self.attention_logit_max),
@@ -74,6 +80,8 @@ class Measurements:
         if self.moe:
             metrics["activation/expert_max"] = max(layer.expert_max for layer in self.moe)
             metrics["activation/expert_kurtosis"] = max(layer.expert_kurtosis for layer in self.moe)
+        if self.residual_gain is not None:
+            metrics["activation/residual_gain_min"], metrics["activation/residual_gain_max"] = self.residual_gain
         return metrics
 
     def by_layer(self) -> dict[str, float]:
@@ -94,6 +102,8 @@ class _Gathered:
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
     real_BS: torch.Tensor | None = None
     """Which positions count in the block that is running."""
+    product_TNN: torch.Tensor | None = None
+    """Of every B so far, the last one to the left, of tokens that count."""
 
     def squares(self, name: str, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         """Sum of squares and number of the values of vectors [..., N] that count; returns those vectors [T, N]."""
@@ -134,16 +144,15 @@ def measure(model: Transformer, batch: Batch, ranks: Ranks) -> Measurements:
     """Measure ``model`` on this rank's micro-batch; the figures are those of all ranks' micro-batches. Collective.
 
     Neither weights, gradients nor the count of bytes on the wire change. Takes one forward without gradients, and once
-    more its attention projections, attention products, dispatch and up-projections.
+    more its attention products, dispatch and up-projections.
     """
     gathered = _Gathered()
-    sent = (ranks.wire.payload, ranks.wire.metadata)
-    with _hooked(model, batch, gathered):
+    with _hooked(model, batch, gathered), ranks.wire.uncounted():
         output = model(batch)
     length = output.logits.shape[1]
+    _gain_of(gathered)
     gathered.squares("logits", output.logits, None if batch.real_BL is None else batch.real_BL[:, :length])
     release_gathered(model)
-    ranks.wire.payload, ranks.wire.metadata = sent
     return _measurements(model, gathered.reduce(ranks))
 
 
@@ -160,11 +169,14 @@ def _hooked(model: Transformer, batch: Batch, gathered: _Gathered) -> Iterator[N
         model.embed.register_forward_hook(lambda _, args, y: gathered.inputs("embedding", y[:, :length], real)),
         model.norm.register_forward_hook(lambda _, args, y: gathered.inputs("head", y, real)),
     ]
+    handles += watch_logits(model.blocks(), partial(_see_logits, gathered))
     for layer, block in enumerate(model.blocks()):
         handles.append(block.register_forward_pre_hook(enter))
-        handles.append(block.attention.register_forward_hook(partial(_after_attention, gathered, layer)))
         if isinstance(block.ffn, MoeLayer):
             handles.append(block.ffn.register_forward_hook(partial(_after_moe, gathered, layer)))
+        for residual in (block.attention_residual, block.ffn_residual):
+            if isinstance(residual, HyperConnection) and layer < model.config.num_layers:
+                handles.append(residual.register_forward_hook(partial(_after_connection, gathered)))
         handles.append(block.register_forward_hook(partial(_after_block, gathered, layer)))
     try:
         yield
@@ -174,24 +186,27 @@ def _hooked(model: Transformer, batch: Batch, gathered: _Gathered) -> Iterator[N
 
 
 def _after_block(gathered: _Gathered, layer: int, module: torch.nn.Module, args: Any, output: Any) -> None:
-    gathered.squares(f"residual.{layer}", output[0], gathered.real_BS)
+    gathered.squares(f"residual.{layer}", output[0].flatten(2), gathered.real_BS)
 
 
-def _after_attention(gathered: _Gathered, layer: int, module: Attention, args: Any, output: Any) -> None:
-    """Take the products again, one head of one sequence at a time: the fused kernel does not give them away."""
-    x_BSD, mask_B1SS = args
-    q_BHSK, k_BHSK, _ = module.project(x_BSD)
-    sequences, heads, positions, width = q_BHSK.shape
-    causal_SS = torch.ones(positions, positions, dtype=torch.bool, device=x_BSD.device).tril()
-    largest = torch.full((), float("-inf"), dtype=torch.float64, device=x_BSD.device)
-    for sequence in range(sequences):
-        allowed_SS = causal_SS if mask_B1SS is None else mask_B1SS[sequence, 0]
-        if gathered.real_BS is not None:
-            allowed_SS = allowed_SS & gathered.real_BS[sequence].unsqueeze(1)
-        for head in range(heads):
-            logits_SS = q_BHSK[sequence, head].float() @ k_BHSK[sequence, head].float().t()
-            largest = largest.maximum(logits_SS.masked_fill_(~allowed_SS, float("-inf")).amax())
-    gathered.maxima[f"attention.{layer}"] = largest * width**-0.5
+def _after_connection(gathered: _Gathered, module: HyperConnection, args: Any, output: Any) -> None:
+    """Take the factors again; the forward keeps them to itself."""
+    b_NNT = module.mappings(_counted(args[0].flatten(2), gathered.real_BS).unflatten(1, args[0].shape[2:]))[1]
+    b_TNN = b_NNT.permute(2, 0, 1).double()
+    gathered.product_TNN = b_TNN if gathered.product_TNN is None else b_TNN @ gathered.product_TNN
+
+
+def _gain_of(gathered: _Gathered) -> None:
+    if gathered.product_TNN is None:
+        return
+    sums = torch.cat([gathered.product_TNN.sum(dim=dim).flatten() for dim in (1, 2)]).abs()
+    nothing = sums.new_full((1,), float("-inf"))
+    gathered.maxima["gain"] = torch.cat((sums, nothing)).amax()
+    gathered.maxima["gain.least"] = torch.cat((-sums, nothing)).amax()
+
+
+def _see_logits(gathered: _Gathered, layer: int, largest_H: torch.Tensor) -> None:
+    gathered.maxima[f"attention.{layer}"] = largest_H.amax().double()
 
 
 def _after_moe(gathered: _Gathered, layer: int, module: MoeLayer, args: Any, output: tuple[Any, Routing]) -> None:
@@ -200,7 +215,8 @@ def _after_moe(gathered: _Gathered, layer: int, module: MoeLayer, args: Any, out
     x_TD = _counted(args[0], real_T)
     gathered.inputs(f"router_input.{layer}", x_TD, None)
     gathered.squares(f"router_logits.{layer}", routing.logits_TE, real_T)
-    ids_TK, gates_TK = (x if real_T is None else x[real_T] for x in (routing.ids_TK, routing.gates_TK))
+    choices_TK = real_choices(routing.ids_TK, module.router.config)
+    ids_TK, gates_TK = (x if real_T is None else x[real_T] for x in (choices_TK, routing.gates_TK))
 
     def watch(rows: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         a_PF = module.experts.activations(rows, ids).double()
@@ -211,7 +227,7 @@ def _after_moe(gathered: _Gathered, layer: int, module: MoeLayer, args: Any, out
         return torch.zeros_like(rows)
 
     run_experts: Callable[..., torch.Tensor] = watch
-    dispatch_combine(x_TD, ids_TK, gates_TK, module.experts.num_experts, run_experts, module.ranks)
+    dispatch_combine(x_TD, ids_TK, gates_TK, module.experts.num_experts, run_experts, module.ranks, module.row_codec)
 
 
 def _measurements(model: Transformer, found: dict[str, list[float]]) -> Measurements:
@@ -223,15 +239,15 @@ def _measurements(model: Transformer, found: dict[str, list[float]]) -> Measurem
         spread, ranks = found[f"{name}.directions"]
         return Inputs(rms(name), spread / ranks)
 
-    def logit_max(layer: int) -> float:
-        value = found[f"attention.{layer}"][0]
-        return 0.0 if value == float("-inf") else value  # no real query on any rank
+    def largest(name: str) -> float:
+        value = found[name][0]
+        return 0.0 if value == float("-inf") else value  # nothing real on any rank
 
     layers = range(len(model.blocks()))
     return Measurements(
         inputs("embedding"),
         tuple(rms(f"residual.{layer}") for layer in layers),
-        tuple(logit_max(layer) for layer in layers),
+        tuple(largest(f"attention.{layer}") for layer in layers),
         tuple(
             MoeMeasurements(
                 layer,
@@ -245,6 +261,7 @@ def _measurements(model: Transformer, found: dict[str, list[float]]) -> Measurem
         ),
         inputs("head"),
         rms("logits"),
+        (-largest("gain.least"), largest("gain")) if "gain" in found else None,
     )
 
 

@@ -5,6 +5,8 @@ neighbours, so that its all-to-all stays inside a node where it can. Every rank 
 a rank of a group holds the experts ``[ep_rank * E/ep, (ep_rank + 1) * E/ep)`` of each MoE layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +29,15 @@ class WireCount:
     def clear(self) -> None:
         """Start counting from zero."""
         self.payload = self.metadata = 0
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is sent inside, by a forward that is not training's, does not count."""
+        sent = (self.payload, self.metadata)
+        try:
+            yield
+        finally:
+            self.payload, self.metadata = sent
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from moe.model import Transformer
-from moe.optim import AdamW
+from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import Parameter, ParameterSet
 from moe.stability.technique import Technique
@@ -30,17 +30,20 @@ def _as_saved(parameter: Parameter, local: torch.Tensor, ranks: Ranks) -> torch.
 def collect_state(
     model: Transformer,
     parameters: ParameterSet,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     techniques: Mapping[str, Technique],
     ranks: Ranks,
     scalars: dict[str, int],
 ) -> TrainingState:
     """Live tensors of the weights, buffers (expert biases), moments and techniques, by name."""
-    tensors: dict[str, torch.Tensor] = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+    # Buffers that follow from the config (tables of hash layers) are no state, and not in the state dict.
+    kept = model.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = {f"model.{name}": b for name, b in model.named_buffers() if name in kept}
     for p in parameters.all:
         tensors[f"model.{p.name}"] = _as_saved(p, p.local, ranks)
-        tensors[f"optimizer.exp_avg.{p.name}"] = _as_saved(p, optimizer.exp_avg[p.name], ranks)
-        tensors[f"optimizer.exp_avg_sq.{p.name}"] = _as_saved(p, optimizer.exp_avg_sq[p.name], ranks)
+        for moment, by_name in optimizer.moments().items():
+            if p.name in by_name:
+                tensors[f"optimizer.{moment}.{p.name}"] = _as_saved(p, by_name[p.name], ranks)
     for family, technique in techniques.items():
         tensors |= {f"stability.{family}.{name}": tensor for name, tensor in technique.state().items()}
     return TrainingState(tensors, scalars)

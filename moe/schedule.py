@@ -87,6 +87,10 @@ class Timeline:
             clip_max_norm=span.stage.clip_max_norm,
         )
 
+    def batch_shapes(self) -> set[tuple[int, int]]:
+        """Sequences of a global batch and tokens of a sequence, of every stage."""
+        return {(span.global_batch_size, span.sequence_length) for span in self._spans}
+
     def tokens_before(self, step: int) -> int:
         """Tokens of the batches of all steps before ``step``."""
         span = self._spans[self._index(step)]

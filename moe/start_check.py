@@ -89,7 +89,7 @@ def _figures(config: ModelConfig, measured: Measurements) -> Iterator[_Figure]:
         name = f"layer {layer}" if layer < config.num_layers else "the multi-token prediction block"
         if layer in moe_layers:
             moe = moe_layers[layer]
-            gain, numbers = expected.router_gain, moe.router_input.directions * config.moe.num_experts
+            gain, numbers = expected.router_gain, moe.router_input.directions * config.moe.router_outputs
             wanted = gain * moe.router_input.rms
             yield _Figure(f"the RMS of the router logits of {name}", moe.router_logit_rms, wanted, std, numbers)
             yield _Figure(f"the kurtosis of the experts' activation in {name}", moe.expert_kurtosis)

@@ -4,35 +4,47 @@ It knows no framework. Ranks advance in lockstep: every method that is marked co
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from moe.batch import Batch, BatchSource
+from moe.config.fp8 import DeepseekV3Fp8Config
 from moe.config.schedule import StagedSchedule
 from moe.config.trainer import TrainerConfig
+from moe.fp8.place import use_fp8
 from moe.fsdp import release_gathered, shard_dense_parameters, sync_gradients
 from moe.init import initialise
 from moe.loss import counted_targets, cross_entropy_sum
 from moe.model import Transformer
 from moe.monitors import Measurements, measure
-from moe.optim import AdamW
+from moe.optim import build_optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
-from moe.routing_stats import RoutingStats, bias_range, max_violation, mean_pairwise_cosine
+from moe.routing_stats import (
+    RoutingStats,
+    bias_range,
+    max_violation,
+    mean_pairwise_cosine,
+    real_expert_figures,
+    violation_figures,
+)
 from moe.schedule import Moment, Timeline
+from moe.stability.anticipation import Anticipation, TriggeredAnticipation
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.start_check import check_start
 from moe.state import TrainingState
-from moe.units import Units
+from moe.traffic import Spread
 
 Request = Literal["stop", "save"]
 _REQUESTS: tuple[Request, ...] = ("stop", "save")
+# Expert ids [T, K] of one micro-batch, for every MoE layer.
+_Chosen = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Evaluation:
     """Nats over all predicted tokens."""
     tokens: int
     counts_ME: torch.Tensor | None
-    """Tokens sent to each expert, int64 [MoE layers, experts]; None for a dense model."""
+    """Tokens sent to each expert, identity experts left out, int64 [MoE layers, experts]; None for a dense model."""
 
 
 @dataclass
@@ -88,15 +100,23 @@ class Trainer:
             torch.set_num_threads(config.parallel.threads)
         self.model = Transformer(config.model, ranks, compute_dtype(config.precision)).to(ranks.device)
         initialise(self.model, config.model.init, config.seed, ranks)
+        fp8 = config.precision.fp8
+        self.fp8_tally = use_fp8(self.model, fp8, ranks) if isinstance(fp8, DeepseekV3Fp8Config) else None
         sharded = config.parallel.dense == "shard"
         if sharded:
             shard_dense_parameters(self.model, ranks)
         self.parameters = ParameterSet(self.model, ranks, dense_is_sharded=sharded)
-        self.optimizer = AdamW(self.parameters.all, config.optimizer, Units(self.parameters.all, ranks))
+        self.optimizer = build_optimizer(config.optimizer, self.parameters)
         self.techniques = build_techniques(config.stability, config.model, ranks)
         for technique in self.techniques.values():
+            technique.watch(self.model)
             technique.before_training(self.parameters)
+            technique.on_timeline(self.timeline)
         self.routers = [layer.router for layer in self.model.moe_layers()]
+        self.choosing = slice(config.model.moe.hash_layers, None)
+        """Which MoE layers choose their experts: all but the first, hash-routed ones."""
+        nodes = config.parallel.expert_nodes
+        self.nodes = None if nodes is None else Spread(config.model.moe.num_experts, nodes)
         self._requested: set[Request] = set()
 
     def step(self) -> Report:
@@ -108,12 +128,17 @@ class Trainer:
         self.ranks.wire.clear()
         for technique in self.techniques.values():
             technique.before_step(moment)
-        sums = self._forward_backward(micro_batches, counts, moment)
+        chosen = self._given_experts(micro_batches, moment)
+        if self.fp8_tally is not None:
+            self.fp8_tally.clear()  # of what chose experts for later batches, too
+        sums = self._forward_backward(micro_batches, chosen, counts, moment)
         self.parameters.reduce_gradients()
         norms = self._measure_gradients()
         metrics, load, requests = self._gather(sums, counts)
         finite = math.isfinite(metrics["train/loss"]) and math.isfinite(norms.total)
         metrics["train/lr"] = moment.lr
+        for technique in self.techniques.values():
+            metrics |= technique.figures()
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
         if finite:
             metrics |= self._update(norms, load, moment)
@@ -121,8 +146,9 @@ class Trainer:
         health = None
         if self._is_time_to_measure(moment, finite):
             health = measure(self.model, micro_batches[0], self.ranks)
-            metrics |= health.headline()
-        layer_max_vio = tuple(max_violation(load.counts_ME).tolist()) if load is not None else ()
+            # What a technique reports of the whole step stands against the figure of one micro-batch.
+            metrics = health.headline() | metrics
+        layer_max_vio = tuple(max_violation(self._with_weights(load.counts_ME)).tolist()) if load is not None else ()
         return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, health)
 
     def _is_time_to_measure(self, moment: Moment, finite: bool) -> bool:
@@ -153,15 +179,37 @@ class Trainer:
         # At least 1: a batch of nothing but padding has a loss of 0, not 0 / 0.
         return BatchCounts(max(1, tokens), max(1, ahead) * depth, moment.global_batch_size, max(1, inputs))
 
-    def _forward_backward(self, micro_batches: list[Batch], counts: BatchCounts, moment: Moment) -> _StepSums:
+    def _given_experts(self, micro_batches: list[Batch], moment: Moment) -> list[_Chosen | None]:
+        """What each micro-batch's MoE layers take instead of choosing."""
+        given = [technique.before_forward(self.choose, moment) for technique in self.techniques.values()]
+        chosen = next((ids for ids in given if ids is not None), None)
+        if chosen is None:
+            return [None] * len(micro_batches)
+        tokens = [batch.ids_BL.shape[0] * moment.sequence_length for batch in micro_batches]
+        return list(zip(*(ids_TK.split(tokens) for ids_TK in chosen), strict=True))
+
+    @torch.no_grad()
+    def choose(self, step: int) -> list[torch.Tensor]:
+        """Expert ids that the model as it is chooses for this rank's share of the batch of ``step``. Collective.
+
+        [T, K] for each MoE layer, its micro-batches joined; nothing is counted. ``step`` is from 0.
+        """
+        with self.ranks.wire.uncounted():
+            chosen = [self.model.choose(batch.to(self.ranks.device)) for batch in self.batches(step)]
+        release_gathered(self.model)
+        return [torch.cat(layer) for layer in zip(*chosen, strict=True)]
+
+    def _forward_backward(
+        self, micro_batches: list[Batch], chosen: Sequence[_Chosen | None], counts: BatchCounts, moment: Moment
+    ) -> _StepSums:
         """Gradients of this rank's share of the loss, accumulated over its micro-batches.
 
         Every term is summed up as it enters the loss, its weight included (``train/mtp_loss``, ``train/balance_loss``).
         """
-        sums = _StepSums(RoutingStats(self.ranks.device))
+        sums = _StepSums(RoutingStats(self.ranks.device, self.nodes))
         for index, batch in enumerate(micro_batches):
             sync_gradients(self.model, index == len(micro_batches) - 1)
-            output = self.model(batch)
+            output = self.model(batch, chosen[index])
             length = output.logits.shape[1]
             terms = {"loss": cross_entropy_sum(output.logits, counted_targets(batch, length, 1)) / counts.tokens}
             if output.mtp_logits is not None:
@@ -173,7 +221,7 @@ class Trainer:
             sums.routing.add(output.routings)
             with torch.no_grad():
                 for technique in self.techniques.values():
-                    technique.after_forward(self.routers, output.routings)
+                    technique.after_forward(self.routers[self.choosing], output.routings[self.choosing])
             for name, term in terms.items():
                 sums.loss[name] = sums.loss.get(name, 0.0) + term.detach().double()
         return sums
@@ -190,24 +238,40 @@ class Trainer:
         asked = [float(name in self._requested) for name in _REQUESTS]
         self._requested.clear()
         host = torch.tensor([wire.payload, wire.metadata, *asked], dtype=torch.float64, device=device)
-        local = torch.cat((torch.stack([*sums.loss.values(), routing.entropy, routing.decisions]), host))
+        fp8 = [] if self.fp8_tally is None else [self.fp8_tally.sums]
+        sums_of_routing = (routing.entropy, routing.decisions, routing.visits)
+        local = torch.cat((torch.stack([*sums.loss.values(), *sums_of_routing]), host, *fp8))
         summed = self.ranks.sum_over_world(local).tolist()
         metrics = {f"train/{name}": summed.pop(0) for name in sums.loss}
-        entropy, decisions, payload, metadata, *asked = summed
+        entropy, decisions, visits, payload, metadata, *rest = summed
+        asked, fp8_sums = rest[: len(_REQUESTS)], rest[len(_REQUESTS) :]
+        if self.fp8_tally is not None:
+            metrics |= self.fp8_tally.figures(fp8_sums)
         requests = frozenset(name for name, count in zip(_REQUESTS, asked, strict=True) if count)
         if routing.counts_ME is None:
             return metrics, None, requests
-        load = StepLoad(self.ranks.sum_over_world(routing.counts_ME))
-        violation_M = max_violation(load.counts_ME)
+        counts_MCE = None if routing.counts_MCE is None else self.ranks.sum_over_world(routing.counts_MCE)
+        load = StepLoad(self.ranks.sum_over_world(routing.counts_ME), counts_MCE)
+        hash_layers = self.config.model.moe.hash_layers
+        metrics |= violation_figures("moe/max_vio_batch", self._with_weights(load.counts_ME), hash_layers)
+        if counts_MCE is not None:
+            of_classes = self._with_weights(counts_MCE[hash_layers:].flatten(0, 1))
+            metrics["moe/max_vio_domain_worst"] = float(max_violation(of_classes).max())
+        if routing.nodes is not None:
+            metrics["moe/nodes_per_token"] = visits / max(1.0, decisions)
         metrics |= {
-            "moe/max_vio_batch": float(violation_M.mean()),
-            "moe/max_vio_batch_worst": float(violation_M.max()),
             "moe/router_entropy": entropy / max(1.0, decisions),
             "moe/router_logit_max": float(self.ranks.max_over_world(routing.logit_max)),
             "train/ep_bytes_per_token": payload / counts.tokens,
             "train/ep_metadata_bytes_per_token": metadata / counts.tokens,
         }
+        if routing.real_experts is not None:
+            metrics |= real_expert_figures(self.ranks.sum_over_world(routing.real_experts), decisions)
         return metrics, load, requests
+
+    def _with_weights(self, counts_ME: torch.Tensor) -> torch.Tensor:
+        """Load of the experts with weights: how many tokens go to identity experts is nobody's burden."""
+        return counts_ME[:, : self.config.model.moe.num_experts]
 
     @torch.no_grad()
     def _update(self, norms: GradientNorms, load: StepLoad | None, moment: Moment) -> dict[str, float]:
@@ -220,19 +284,21 @@ class Trainer:
         lr = moment.lr * math.prod(technique.lr_factor(moment) for technique in self.techniques.values())
         metrics["train/lr"] = lr
         metrics |= {f"train/{name}": value for name, value in self.optimizer.step(lr).items()}
+        for technique in self.techniques.values():
+            metrics |= technique.edit_weights(self.parameters, moment)
         torch._foreach_sub_(before, [p.local for p in self.parameters.all])
         update = self.parameters.norms(before)
         metrics["train/update_norm"] = update.pop("total")
         metrics |= {f"update_norm/{group}": norm for group, norm in update.items()}
         if load is not None:
             for technique in self.techniques.values():
-                technique.after_step(self.routers, load, moment)
+                technique.after_step(self.routers[self.choosing], load.after(self.config.model.moe.hash_layers), moment)
             metrics |= self._router_figures()
         return metrics
 
     def _router_figures(self) -> dict[str, float]:
         """Figures of the routers as they are, each the largest over the layers; one transfer for all."""
-        biases_ME = torch.stack([router.expert_bias_E for router in self.routers])
+        biases_ME = torch.cat([router.biases for router in self.routers])  # with classes, one row for each
         figures = {"moe/bias_abs_max": biases_ME.abs().max(), "moe/bias_range": bias_range(biases_ME).max()}
         experts = biases_ME.shape[1]
         if experts > 1:
@@ -257,12 +323,31 @@ class Trainer:
             routing.add(output.routings)
         total = self.ranks.sum_over_world(torch.stack((loss_sum, loss_sum.new_tensor(tokens)))).tolist()
         release_gathered(self.model)
-        counts_ME = None if routing.counts_ME is None else self.ranks.sum_over_world(routing.counts_ME)
+        counts_ME = None
+        if routing.counts_ME is not None:
+            counts_ME = self._with_weights(self.ranks.sum_over_world(routing.counts_ME))
         return Evaluation(total[0], int(total[1]), counts_ME)
 
     def request(self, request: Request) -> None:
         """Ask for a stop or a save; every rank sees it in the same step's report, whichever rank asked."""
         self._requested.add(request)
+
+    def anticipate(self) -> None:
+        """Route by anticipated choices for a while from the next step on, or for longer. Every rank must call it.
+
+        Raises:
+            ValueError: ``stability.anticipation.kind`` is not triggered.
+        """
+        technique = self.techniques["anticipation"]
+        if not isinstance(technique, TriggeredAnticipation):
+            raise ValueError("stability.anticipation.kind is not triggered, so there is nothing to start")
+        technique.trigger(self.steps_done)
+
+    def forget_batches(self) -> None:
+        """Coming batches are others than they were: drop what was made of them in advance. Every rank must call it."""
+        technique = self.techniques["anticipation"]
+        if isinstance(technique, Anticipation):
+            technique.drop()
 
     def state(self) -> TrainingState:
         """Everything that makes the next step what it is, by name. Tensors are live: save copies, load in place."""

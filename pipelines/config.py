@@ -76,6 +76,12 @@ class DataConfig(BatchConfig):
     the same tokens either way, so that runs compare and the first token of a document, which follows from nothing, is
     still learnt: generation begins with it."""
 
+    domains: list[Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]] = Field(default=[])
+    """Classes of documents, each with an expert bias of its own (``model.moe.bias_domains``): patterns of the names of
+    class 1, of class 2 and so on, as ``[["test/*", "*/tests/*"]]``; ``*`` stands for any text, ``/`` included. The
+    first class that matches counts; documents that match none are class 0. Names are paths within the corpus (those in
+    spike events), for lines and rows with their number."""
+
     @model_validator(mode="before")
     @classmethod
     def _prepared_corpus_has_its_tokenizer(cls, values: Any) -> Any:
@@ -101,6 +107,9 @@ class ValidationConfig(Config):
     """Optimizer steps between validations; the last step is always validated."""
     max_tokens: PositiveInt = 262_144
     """At most this many held-out tokens are read, in windows spread evenly over the held-out part."""
+    per_token: bool = False
+    """Whether the end of training leaves ``tokens.npz`` in the run's folder: of every token that is read its id, the
+    loss of predicting the next one (nats) and the real experts that it passes, over all MoE layers."""
 
 
 class CheckpointConfig(Config):
@@ -168,6 +177,18 @@ class RunConfig(TrainerConfig):
             raise ValueError(
                 f"validation.max_tokens ({self.validation.max_tokens}) is less than one sequence for every worker "
                 f"(data.sequence_length x parallel.workers = {least})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_class_of_documents_has_its_bias(self) -> "RunConfig":
+        classes, biases = len(self.data.domains) + 1, self.model.moe.bias_domains
+        if classes != biases:
+            listed = f"data.domains makes {classes} classes of documents" if classes > 1 else "data.domains has none"
+            raise ValueError(
+                f"model.moe.bias_domains ({biases}) is not the number of classes: {listed} (one per list of patterns, "
+                f"and class 0 for all others); set bias_domains to {classes}"
+                + (f", or give {biases - 1} list(s) of patterns" if biases > 1 else "")
             )
         return self
 

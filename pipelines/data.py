@@ -3,16 +3,19 @@
 Shape legend: B sequences, S tokens per sequence, L = S + 1 + MTP depth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from moe.batch import Batch
 from moe.config.trainer import BatchConfig
 from moe.schedule import Timeline
 from pipelines.config import DataConfig, RunConfig
+from pipelines.domains import DocumentClasses, document_classes
 from pipelines.errors import UserError
 from pipelines.order import SampleOrder
 from pipelines.shards import DocumentSpan, Shards, TokenStream
@@ -54,13 +57,27 @@ class TokenDataset:
         With ``parts`` above 1 each sample is divided into so many shorter sequences that follow each other: then B is
         ``parts`` times the samples, and S a part of ``sequence_length``.
         """
+        return self._rows(self.stream.read, samples, parts)
+
+    def read_classes(
+        self, classes: DocumentClasses | None, samples: Sequence[int] | NDArray[np.int64], parts: int = 1
+    ) -> torch.Tensor | None:
+        """The class of the document behind each token of ``read``, int64 [B, L]; None where there are no classes."""
+        return None if classes is None else self._rows(classes.read, samples, parts)
+
+    def _rows(
+        self,
+        read: Callable[[int, int], NDArray[np.integer[Any]]],
+        samples: Sequence[int] | NDArray[np.int64],
+        parts: int,
+    ) -> torch.Tensor:
         step = self.sequence_length // parts
         length = step + 1 + self._lookahead
-        ids_BL = np.empty((len(samples) * parts, length), np.int64)
-        for row in range(len(ids_BL)):
+        rows_BL = np.empty((len(samples) * parts, length), np.int64)
+        for row in range(len(rows_BL)):
             start = self._start(int(samples[row // parts])) + (row % parts) * step
-            ids_BL[row] = self.stream.read(start, start + length)
-        return torch.from_numpy(ids_BL)
+            rows_BL[row] = read(start, start + length)
+        return torch.from_numpy(rows_BL)
 
     def documents(self, sample: int) -> list[DocumentSpan]:
         """The documents in a sample, in order: names, and which of their tokens (inputs and targets) it holds."""
@@ -97,6 +114,7 @@ class TrainBatches:
         """``skipped``: ids of samples not to be read, in the order in which they were found bad."""
         self._dataset = dataset
         self._data = config.data
+        self._classes = document_classes(dataset.stream, config.data.domains)
         self._order = SampleOrder(len(dataset), config.seed, dataset.stream.split, skipped)
         self._timeline = Timeline(config)
         self._rank, self._world = rank, world
@@ -122,10 +140,13 @@ class TrainBatches:
         first, end = _share(moment.global_batch_size, self._rank, self._world)
         # Whole samples around the share, of which the first and the last may belong to other ranks in part.
         around = self.sample_ids(step)[first // parts : -(-end // parts)]
-        skipped = first % parts
-        ids_BL = self._dataset.read(around, parts)[skipped : skipped + end - first]
+        share = slice(first % parts, first % parts + end - first)
+        ids_BL = self._dataset.read(around, parts)[share]
+        domains_BL = self._dataset.read_classes(self._classes, around, parts)
         micro = _micro_batch_size(moment.global_batch_size, self._data, self._world)
-        return [_batch(ids, None, self._data, self._dataset) for ids in ids_BL.split(micro)]
+        ids = ids_BL.split(micro)
+        domains = [None] * len(ids) if domains_BL is None else domains_BL[share].split(micro)
+        return [_batch(i, None, d, self._data, self._dataset) for i, d in zip(ids, domains, strict=True)]
 
 
 class ValidationBatches:
@@ -139,6 +160,7 @@ class ValidationBatches:
     def __init__(self, dataset: TokenDataset, config: RunConfig, rank: int, world: int) -> None:
         self._dataset = dataset
         self._data = config.data
+        self._classes = document_classes(dataset.stream, config.data.domains)
         self._rows = _micro_batch_size(config.data.global_batch_size, config.data, world)
         self._rank, self._world = rank, world
         most = config.validation.max_tokens // dataset.sequence_length
@@ -153,18 +175,29 @@ class ValidationBatches:
         """Batches of each rank."""
         return -(-len(self.windows) // (self._rows * self._world))
 
+    @property
+    def first_targets(self) -> list[int]:
+        """Of each of this rank's batches, which of ``num_targets`` its first is."""
+        return [window * self._dataset.sequence_length for window in self._first_windows]
+
+    @property
+    def _first_windows(self) -> list[int]:
+        return [(number * self._world + self._rank) * self._rows for number in range(len(self))]
+
     def __iter__(self) -> Iterator[Batch]:
-        for number in range(len(self)):
-            first = (number * self._world + self._rank) * self._rows
-            ids_BL = self._dataset.read(self.windows[first : first + self._rows])
+        for first in self._first_windows:
+            windows = self.windows[first : first + self._rows]
+            ids_BL, domains_BL = self._dataset.read(windows), self._dataset.read_classes(self._classes, windows)
             if len(ids_BL) == self._rows:
-                yield _batch(ids_BL, None, self._data, self._dataset)
+                yield _batch(ids_BL, None, domains_BL, self._data, self._dataset)
                 continue
             padded_BL = torch.full((self._rows, self._dataset.length), self._dataset.stream.document_id)
             padded_BL[: len(ids_BL)] = ids_BL
             real_BL = torch.zeros(padded_BL.shape, dtype=torch.bool)
             real_BL[: len(ids_BL)] = True
-            yield _batch(padded_BL, real_BL, self._data, self._dataset)
+            if domains_BL is not None:
+                domains_BL = F.pad(domains_BL, (0, 0, 0, self._rows - len(domains_BL)))
+            yield _batch(padded_BL, real_BL, domains_BL, self._data, self._dataset)
 
 
 def documents_in(ids_BL: torch.Tensor, document_id: int) -> torch.Tensor:
@@ -176,9 +209,15 @@ def documents_in(ids_BL: torch.Tensor, document_id: int) -> torch.Tensor:
     return ends_BL.cumsum(dim=1) - ends_BL
 
 
-def _batch(ids_BL: torch.Tensor, real_BL: torch.Tensor | None, data: DataConfig, dataset: TokenDataset) -> Batch:
+def _batch(
+    ids_BL: torch.Tensor,
+    real_BL: torch.Tensor | None,
+    domains_BL: torch.Tensor | None,
+    data: DataConfig,
+    dataset: TokenDataset,
+) -> Batch:
     documents_BL = documents_in(ids_BL, dataset.stream.document_id) if data.intra_document_masking else None
-    return Batch(ids_BL, real_BL, documents_BL)
+    return Batch(ids_BL, real_BL, documents_BL, domains_BL)
 
 
 def spread(available: int, most: int) -> list[int]:

@@ -154,8 +154,21 @@ def _text(path: Path) -> str:
 
 def _stack(tree: Tree, layer: Tree) -> None:
     """Lay ``layer`` over ``tree``, in place."""
+    kept = _outliving(tree, layer)
     _overlay(tree, layer, of_kind=True)
+    _overlay(tree, kept)
     _fill_kinds(tree, RunConfig)
+
+
+def _outliving(tree: Tree, layer: Tree) -> Tree:
+    """What is kept of the sections whose kind ``layer`` changes: what another kind means by the same key."""
+    kept: Tree = {}
+    for name, field in RunConfig.model_fields.items():
+        below, above = tree.get(name), layer.get(name)
+        if isinstance(below, dict) and isinstance(above, dict) and _is_another_kind(above, below):
+            keys = {key for section in section_classes(field) for key in getattr(section, "outlive_kind", ())}
+            kept[name] = {key: below[key] for key in keys if key in below and key not in above}
+    return kept
 
 
 def _overlay(below: Tree, above: Tree, of_kind: bool = False) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from moe.config.schedule import StagedSchedule
 from moe.counting import count_parameters
 from moe.parallel import Ranks
-from moe.routing_stats import max_violation
+from moe.routing_stats import violation_figures
 from moe.state import JSON
 from moe.trainer import Report, Trainer
 from pipelines.config import RunConfig
@@ -30,6 +30,7 @@ from pipelines.run_folder import RunFolder
 from pipelines.run_lock import RunBusyError, writer_lock
 from pipelines.shards import Shards
 from pipelines.spool import START, TRAIN, VALIDATION, SpoolReader, SpoolWriter
+from pipelines.token_table import tabulate
 
 # How long a worker waits for one that a killed command has left behind; Ray ends those within seconds.
 _PREDECESSOR_S = 60.0
@@ -104,9 +105,8 @@ def validate(trainer: Trainer, batches: ValidationBatches) -> dict[str, float]:
     result = trainer.evaluate(batches)
     metrics = {"val/loss": result.loss_sum / result.tokens, "val/nats_per_byte": result.loss_sum / batches.text_bytes}
     if result.counts_ME is not None:
-        violation_M = max_violation(result.counts_ME)
-        metrics["moe/max_vio_global"] = float(violation_M.mean())
-        metrics["moe/max_vio_global_worst"] = float(violation_M.max())
+        hash_layers = trainer.config.model.moe.hash_layers
+        metrics |= violation_figures("moe/max_vio_global", result.counts_ME, hash_layers)
         metrics["moe/dead_experts"] = float((result.counts_ME == 0).sum())
     return metrics
 
@@ -116,6 +116,8 @@ class StepDone:
     """What one step of a run was, on any rank."""
 
     report: Report
+    seconds: float
+    """Of the step alone, on this rank."""
     validation: Mapping[str, float] | None = None
     """Where the step was followed by a validation."""
 
@@ -206,10 +208,11 @@ def _steps(
         if trainer.ranks.rank == 0 and folder.stop.exists():
             trainer.request("stop")
         report = trainer.step()
-        recorder.step(report, time.perf_counter() - clock)
+        seconds = time.perf_counter() - clock
+        recorder.step(report, seconds)
         if not report.taken:
             keeper.event(f"non-finite at step {report.step}")
-            yield StepDone(report)
+            yield StepDone(report, seconds)
             return Ending("diverged", report.step, f"loss or gradient was not finite at step {report.step}")
         keeper.step_taken()
         last, stop = report.step == steps, "stop" in report.requests
@@ -217,11 +220,15 @@ def _steps(
         if report.step % config.validation.every_steps == 0 or last:
             validation = validate(trainer, held_out)
             recorder.validation(report.step, validation)
+        if last and config.validation.per_token:
+            table = tabulate(trainer, held_out)
+            if trainer.ranks.rank == 0:
+                table.write(folder.tokens)
         if stop or (last and config.checkpoint.at_end):
             keeper.save(required=True)
         elif "save" in report.requests or (every and report.step % every == 0):
             keeper.save(required=False)
-        yield StepDone(report, validation)
+        yield StepDone(report, seconds, validation)
         if stop and not last:
             return Ending("stopped", report.step, f"asked to stop at step {report.step}")
     return Ending("finished", steps)

@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "figures"
 
     @property
+    def tokens(self) -> Path:
+        """Figures of every validation token, if ``validation.per_token``: `pipelines.token_table`."""
+        return self.path / "tokens.npz"
+
+    @property
     def ending(self) -> Path:
         """How the run ended, as JSON; there is none while it runs."""
         return self.path / "end.json"

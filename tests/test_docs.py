@@ -26,7 +26,16 @@ def kinds(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]
 
 
 def test_every_kind_of_a_technique_has_a_row() -> None:
-    families = ("stability.", "model.activation", "schedule.decay", "schedule")
+    families = (
+        "stability.",
+        "model.activation",
+        "model.residual",
+        "model.moe.selection",
+        "schedule.decay",
+        "schedule",
+        "optimizer",
+        "precision.fp8",
+    )
     # The shape of a stage's learning rate is in the row of stages.
     wanted = {
         f"`{key}.kind={kind}`" for key, kind in kinds(RunConfig) if key.startswith(families) and "stages" not in key
@@ -53,7 +62,7 @@ def test_every_key_of_a_row_is_one_of_the_config() -> None:
     keys = {
         key
         for column in FIRST_COLUMNS
-        for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)[=.{`]?", column)
+        for key in re.findall(r"`([a-z_]+(?:\.[a-z0-9_]+)+)[=.{`]?", column)
         if not key.startswith("moe/")
     }
     assert len(keys) > 15

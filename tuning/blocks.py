@@ -58,7 +58,7 @@ class Blocks:
             self.begun += 1
             self._waiting = block
         for index, key in enumerate(self._waiting):
-            if (other := self._needed(key)) is None or other in self._done:
+            if self._done.issuperset(self._needed(key)):
                 del self._waiting[index]
                 self._running[key] = self._clock()
                 return key
@@ -91,10 +91,9 @@ class Blocks:
         per_trial = fmean(self._durations) if self._durations else self._estimate
         return trials * per_trial / self._slots
 
-    def _needed(self, key: TrialKey) -> TrialKey | None:
-        """The trial whose result this one's config depends on."""
-        other = self._config.arms[key.arm].clip_rate_of
-        return TrialKey(key.seed, other, key.point) if other is not None else None
+    def _needed(self, key: TrialKey) -> set[TrialKey]:
+        """The trials whose results this one's config depends on."""
+        return {TrialKey(key.seed, other, key.point) for other in self._config.arms[key.arm].needs}
 
 
 def blocks_of(config: StudyConfig) -> list[list[TrialKey]]:
@@ -104,5 +103,5 @@ def blocks_of(config: StudyConfig) -> list[list[TrialKey]]:
 
 def _block(config: StudyConfig, seed: int) -> list[TrialKey]:
     """Those that wait for another's result come last, so that nobody idles."""
-    arms = sorted(config.arms, key=lambda arm: config.arms[arm].clip_rate_of is not None)
+    arms = sorted(config.arms, key=lambda arm: bool(config.arms[arm].needs))
     return [TrialKey(seed, arm, point) for arm in arms for point in config.points()]

@@ -1,8 +1,29 @@
-"""The fixed limit that clips as often as an adaptive one did: the control of every claim about adaptive clipping."""
+"""What an arm takes from other arms' results: the control that differs from them in one thing alone."""
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from tuning.series import Series
+from tuning.study_config import Arm, Tree
+
+
+def matched(arm: Arm, series: Mapping[str, Series]) -> Tree:
+    """The keys of a run's config that follow from the series of the arms that ``arm.needs``; empty if it needs none."""
+    if arm.clip_rate_of is not None:
+        return {"stability": {"clip": {"max_norm": matching_max_norm(series[arm.clip_rate_of])}}}
+    if arm.as_long_as is not None:
+        steps = matching_steps(series[arm.as_long_as.arm], series[arm.as_long_as.paced_by])
+        return {"schedule": {"steps": steps}}
+    return {}
+
+
+def matching_steps(series: Series, pace: Series) -> int:
+    """Optimizer steps at the pace of one run that take as long as the schedule of another: at least 1.
+
+    Medians, so that neither the first steps of a process nor a busy machine count.
+    """
+    return max(1, round(series.steps * series.step_seconds / pace.step_seconds))
 
 
 def matching_max_norm(series: Series) -> float:

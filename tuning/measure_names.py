@@ -15,6 +15,12 @@ MeasureName = Literal[
     "loss_spikes",
     "grad_spikes",
     "clip_rate",
+    "steps",
+    "step_ms",
+    "train_seconds",
+    "real_experts_mean",
+    "real_experts_spread",
+    "token_complexity",
 ]
 
 DESCRIPTIONS: dict[str, str] = {
@@ -30,15 +36,36 @@ DESCRIPTIONS: dict[str, str] = {
     "loss_spikes": "spike score of the loss: percent of steps 7 standard deviations above the last 200",
     "grad_spikes": "spike score of the gradient norm before clipping, as for the loss",
     "clip_rate": "share of the steps at which the clip changed the gradient",
+    "steps": "optimizer steps of the schedule",
+    "step_ms": "median time of a step in milliseconds, beside the trials that ran at the same time",
+    "train_seconds": "steps times their median time: training without validation",
+    "real_experts_mean": "routed experts that a token passes in a layer, identity experts not counted, mean of the "
+    "last half of the steps",
+    "real_experts_spread": "standard deviation over validation tokens of the real experts that they pass, over that "
+    "of a binomial of the same mean: 1 is skipping at random",
+    "token_complexity": "Spearman correlation over validation tokens of the real experts that a token passes with its "
+    "loss under the reference arm of another seed, inside tenths of tokens of like frequency",
 }
 
 MEASURES: tuple[str, ...] = get_args(MeasureName)
 
 OF_EXPERTS = frozenset(
-    {"max_vio_global", "max_vio_early", "max_vio_late", "max_vio_late_std", "steps_to_balance", "dead_experts"}
+    {
+        "max_vio_global",
+        "max_vio_early",
+        "max_vio_late",
+        "max_vio_late_std",
+        "steps_to_balance",
+        "dead_experts",
+        "real_experts_mean",
+        "real_experts_spread",
+        "token_complexity",
+    }
 )
 """Measures that a dense model does not have."""
 OF_CLIP = frozenset({"clip_rate"})
 """Measures that a run without a clip does not have."""
+OF_TOKENS = frozenset({"real_experts_spread", "token_complexity"})
+"""Measures that take the figures of every validation token (``validation.per_token``)."""
 OF_SPIKES = frozenset({"loss_spikes", "grad_spikes"})
 """Measures that a run of too few steps does not have."""

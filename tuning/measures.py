@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moe.config.schedule import LinearLr, Stage
 from moe.config.trainer import TrainerConfig
 from moe.schedule import Timeline
-from tuning.noise_floor import noise_floor
+from tuning.noise_floor import noise_floor, varying_noise_floor
 from tuning.series import Series
 from tuning.spike_score import spike_score
 
@@ -44,6 +44,8 @@ def measure(series: Series, config: TrainerConfig, excluded_steps: Set[int] = fr
     if series.outcome not in ("finished", "diverged"):
         raise ValueError(f"only a run that finished or diverged has measures, and this one was {series.outcome}")
     measures = _losses(series, excluded_steps)
+    seconds = series.step_seconds
+    measures |= {"steps": float(series.steps), "step_ms": 1e3 * seconds, "train_seconds": series.steps * seconds}
     warmup = warmup_steps(config)
     scores = {"loss_spikes": "train/loss", "grad_spikes": "train/grad_norm"}
     for name, metric in scores.items():
@@ -93,8 +95,16 @@ def _balance(series: Series, config: TrainerConfig, excluded_steps: Set[int]) ->
         return {}
     moe, timeline = config.model.moe, Timeline(config)
     moments = [timeline.at(int(step) - 1) for step in steps]
-    floors = [noise_floor(moe.num_experts, moe.top_k, m.global_batch_size * m.sequence_length) for m in moments]
+    tokens = [m.global_batch_size * m.sequence_length for m in moments]
+    if moe.experts_vary:
+        floors = [varying_noise_floor(moe.num_experts, moe.mean_experts, number) for number in tokens]
+    else:
+        floors = [noise_floor(moe.num_experts, moe.top_k, number) for number in tokens]
+    # Without the metric every token has as many.
+    every_step = series.train.get("moe/real_experts_mean", [float(moe.top_k)] * len(series.train["train/loss"]))
+    _, real_experts = _counted(every_step, excluded_steps)
     return {
+        "real_experts_mean": float(_last(real_experts, 50, series.steps).mean()),
         "max_vio_early": float(max_vio[: _percent(10, series.steps)].mean()),
         "max_vio_late": float(_last(max_vio, 10, series.steps).mean()),
         "max_vio_late_std": float(_last(max_vio, 20, series.steps).std()),

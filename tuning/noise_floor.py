@@ -28,3 +28,15 @@ def noise_floor(experts: int, top_k: int, tokens: int) -> float:
         waiting_DR[:, :-1] += taking_DR[:, 1:]
         busiest_D = np.maximum(busiest_D, taking_DR.sum(axis=1))
     return float(busiest_D.mean() * experts / (tokens * top_k) - 1)
+
+
+@lru_cache(maxsize=256)
+def varying_noise_floor(experts: int, mean_experts: float, tokens: int) -> float:
+    """The same where a token's number of experts varies: it takes each with probability ``mean_experts / experts``.
+
+    That is random routing by thresholds exactly. Beside identity experts, of which there is a fixed number of choices
+    in all, loads differ a little less, the less the more identities are chosen.
+    """
+    generator = np.random.default_rng(0)
+    load_DE = generator.binomial(tokens, mean_experts / experts, size=(_DRAWS, experts))
+    return float(load_DE.max(axis=1).mean() * experts / (tokens * mean_experts) - 1)

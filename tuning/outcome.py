@@ -1,7 +1,8 @@
 """What a study has come to: measures of its trials, verdicts, report and picture."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -10,22 +11,43 @@ from pipelines.config import RunConfig
 from pipelines.environment import cores, cpu_name
 from pipelines.faults import corrupted_steps
 from pipelines.run_folder import RunFolder, write_json, write_whole
+from pipelines.token_table import TokenTable
 from tuning.measures import measure
 from tuning.recording import read_series
 from tuning.report import Effort, replace_section, write_report
-from tuning.results import Results, TrialResult
+from tuning.results import Results, TrialKey, TrialResult
 from tuning.study_config import StudyConfig
 from tuning.study_figure import draw_study
 from tuning.study_loading import trial_config
 from tuning.study_run import StudyRun
+from tuning.token_allocation import complexity, picks_of, spread
 from tuning.verdict import ClaimVerdict, judge
 
 PICTURE = "study.png"
 
 
 def measure_trial(folder: RunFolder, config: RunConfig) -> dict[str, float]:
-    """The measures of a trial from what it left in its folder."""
-    return measure(read_series(folder), config, corrupted_steps(config))
+    """The measures of a trial from what it left in its folder, but for those that take other trials."""
+    measures = measure(read_series(folder), config, corrupted_steps(config))
+    if config.model.moe.num_experts and folder.tokens.exists():
+        measures["real_experts_spread"] = spread(TokenTable.read(folder.tokens).experts_T, picks_of(config.model))
+    return measures
+
+
+def complexities(reference: str, folders: Mapping[TrialKey, RunFolder]) -> dict[TrialKey, float]:
+    """``token_complexity`` of each trial: its experts against the losses of the reference arm of the next seed.
+
+    After the last seed comes the first. A trial without figures of tokens has none, nor has any with a single seed.
+    """
+    seeds = sorted({key.seed for key in folders})
+    others = dict(zip(seeds, [*seeds[1:], *seeds[:1]], strict=True)) if len(seeds) > 1 else {}
+    found = {}
+    for key, folder in folders.items():
+        judge_folder = folders.get(TrialKey(others[key.seed], reference, key.point)) if key.seed in others else None
+        if judge_folder is not None and folder.tokens.exists() and judge_folder.tokens.exists():
+            own, hard = TokenTable.read(folder.tokens), TokenTable.read(judge_folder.tokens)
+            found[key] = complexity(own.ids_T, own.experts_T, hard.losses_T)
+    return found
 
 
 @dataclass(frozen=True)
@@ -67,8 +89,12 @@ def conclude(study: StudyConfig, run: StudyRun, config: RunConfig) -> Outcome:
     trials = []
     # By seed and arm, and not as they happened to end: a study that was interrupted has the same files.
     for record in sorted(run.trials, key=lambda record: record.key):
-        trial = trial_config(study, record.key, record.max_norm)
+        trial = trial_config(study, record.key, record.matched)
         trials.append(TrialResult(record.key, measure_trial(RunFolder(Path(record.folder)), trial)))
+    if study.reference is not None:
+        folders = {record.key: RunFolder(Path(record.folder)) for record in run.trials}
+        found = complexities(study.reference, folders)
+        trials = [_with(trial, "token_complexity", found.get(trial.key)) for trial in trials]
     results = Results(trials, study.arms, study.points())
     verdicts = judge(study, results)
     tokens = config.steps * config.data.global_batch_size * config.data.sequence_length
@@ -83,6 +109,10 @@ def conclude(study: StudyConfig, run: StudyRun, config: RunConfig) -> Outcome:
     run.description = _description(study, results, verdicts)
     run.figures = {"study/blocks": float(len(results.seeds)), "study/trials": float(len(trials))}
     return outcome
+
+
+def _with(trial: TrialResult, name: str, value: float | None) -> TrialResult:
+    return trial if value is None else replace(trial, measures={**trial.measures, name: value})
 
 
 def _as_table(trials: list[TrialResult]) -> dict[str, object]:

@@ -1,16 +1,22 @@
 """From the reports of a trial's steps to its `Series`, and where a run keeps that."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
-from moe.trainer import Report
+from pipelines.loop import StepDone
 from pipelines.run_folder import RunFolder
 from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter
 from tuning.series import Series
 
 # Of all that a step reports, what measures are made of; MLflow has the rest, not of every step.
-_METRICS = ("train/loss", "train/grad_norm", "moe/max_vio_batch", "train/clipped")
+_METRICS = (
+    "train/loss",
+    "train/grad_norm",
+    "train/step_seconds",
+    "moe/max_vio_batch",
+    "moe/real_experts_mean",
+    "train/clipped",
+)
 
 
 class SeriesRecorder:
@@ -25,12 +31,12 @@ class SeriesRecorder:
         self._file = folder.path / "steps.jsonl"
         self._writer = SpoolWriter(self._file)
 
-    def add(self, report: Report, validation: Mapping[str, float] | None) -> None:
+    def add(self, done: StepDone) -> None:
         """One step; one that is repeated after a restart is known already."""
-        metrics = {name: report.metrics[name] for name in _METRICS if name in report.metrics}
-        self._writer.write(TRAIN, report.step, metrics)
-        if validation is not None:
-            self._writer.write(VALIDATION, report.step, validation)
+        found = {**done.report.metrics, "train/step_seconds": done.seconds}
+        self._writer.write(TRAIN, done.report.step, {name: found[name] for name in _METRICS if name in found})
+        if done.validation is not None:
+            self._writer.write(VALIDATION, done.report.step, done.validation)
 
     def series(self, outcome: str) -> Series:
         """What there is by now. A metric that a step lacks (one that was not taken has no clip) is NaN."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from pipelines.run_folder import write_whole
 
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -23,7 +25,8 @@ class Series:
     """Optimizer steps that its schedule has; a run that diverged did fewer."""
     train: Mapping[str, Sequence[float]]
     """By the trainer's names, one value for every step done, from step 1: ``train/loss``, ``train/grad_norm`` (before
-    clipping), ``moe/max_vio_batch`` if there are experts, ``train/clipped`` (0 or 1) if the run clips."""
+    clipping), ``train/step_seconds``, ``moe/max_vio_batch`` if there are experts, ``moe/real_experts_mean`` if a token
+    may have more or fewer, ``train/clipped`` (0 or 1) if the run clips."""
     validation: Mapping[str, float]
     """The last validation by the trainer's names; empty if the run diverged before its first."""
 
@@ -31,6 +34,11 @@ class Series:
         lengths = {name: len(values) for name, values in self.train.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"every series should have one value for each step done, and they have {lengths}")
+
+    @property
+    def step_seconds(self) -> float:
+        """The median time of a step."""
+        return float(np.nanmedian(self.train["train/step_seconds"]))
 
     def write(self, path: Path) -> None:
         """Write it as JSON, with 6 significant digits. The file is whole or not there."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.config import RunConfig
 from pipelines.loading import PRESETS, SETTINGS, parse_setting, read_document, settings_tree
-from tuning.measure_names import OF_CLIP, OF_EXPERTS, OF_SPIKES
+from tuning.measure_names import OF_CLIP, OF_EXPERTS, OF_SPIKES, OF_TOKENS
 from tuning.measures import warmup_steps
 from tuning.results import TrialKey
 from tuning.spike_score import first_scored_step
@@ -39,6 +39,7 @@ def study_problems(study: StudyConfig, configs: Mapping[TrialKey, RunConfig]) ->
     yield from _keys_without_effect(study)
     yield from _settings_without_effect(study)
     yield from _differences(configs)
+    yield from _durations_without_steps(study, configs)
     yield from _measures_that_no_run_has(study, configs)
 
 
@@ -53,8 +54,10 @@ def _keys_without_effect(study: StudyConfig) -> Iterator[str]:
             if _has(tree, path):
                 yield f"{layer}: {'.'.join(path)} has no effect, for {why}; leave it out"
     for name, arm in study.arms.items():
-        if arm.clip_rate_of is not None and _has(arm.config, ("stability", "clip")):
-            yield f"arms.{name}.config: stability.clip has no effect, for clip_rate_of sets it; leave one of them out"
+        tuned = {"clip_rate_of": "stability.clip", "as_long_as": "schedule.steps"}
+        for key, sets in tuned.items():
+            if getattr(arm, key) is not None and _has(arm.config, _path(sets)):
+                yield f"arms.{name}.config: {sets} has no effect, for {key} sets it; leave one of them out"
 
 
 def _settings_without_effect(study: StudyConfig) -> Iterator[str]:
@@ -75,6 +78,13 @@ def _differences(configs: Mapping[TrialKey, RunConfig]) -> Iterator[str]:
             yield f"trial {different[0]}: {key} should be the same as in {first.name}, for {why}"
 
 
+def _durations_without_steps(study: StudyConfig, configs: Mapping[TrialKey, RunConfig]) -> Iterator[str]:
+    for key, config in configs.items():
+        if study.arms[key.arm].as_long_as is not None and config.schedule.kind != "simple":
+            yield f"arms.{key.arm}.as_long_as: needs schedule.kind=simple, whose steps it sets, not stages"
+            return
+
+
 def _measures_that_no_run_has(study: StudyConfig, configs: Mapping[TrialKey, RunConfig]) -> Iterator[str]:
     """The first place of each, for many claims may need the same measure."""
     needed = [
@@ -87,14 +97,18 @@ def _measures_that_no_run_has(study: StudyConfig, configs: Mapping[TrialKey, Run
     told = set()
     for path, measure, arm_name, points in needed:
         for key in (TrialKey(study.first_seed, arm_name, point) for point in points):
-            why = _why_missing(measure, configs[key])
+            why = _why_missing(measure, configs[key], study)
             if why is not None and (measure, why) not in told:
                 told.add((measure, why))
                 yield f"{path}: {key.name} has no {measure}, for {why}"
 
 
-def _why_missing(measure: str, config: RunConfig) -> str | None:
+def _why_missing(measure: str, config: RunConfig, study: StudyConfig) -> str | None:
     """Why a run that finishes cannot have the measure; None where it has."""
+    if measure == "token_complexity" and (study.reference is None or study.blocks == 1):
+        return "it needs the study's reference, an arm, and two blocks: the losses are those of another seed"
+    if measure in OF_TOKENS and not config.validation.per_token:
+        return "validation.per_token is false"
     if measure in OF_CLIP and config.stability.clip.kind == "none":
         return "stability.clip.kind is none"
     if measure in OF_EXPERTS and config.model.moe.num_experts == 0:

@@ -20,6 +20,16 @@ Tree = dict[str, Any]
 _ARM_NAME = re.compile(r"[^/.-][^/]*")
 
 
+class Duration(Config):
+    """The time that another arm's training took, in this arm's own steps."""
+
+    arm: str
+    """The arm whose time it is: its steps times the median of what they took."""
+    paced_by: str
+    """An arm whose steps take as long as this one's, so that what fits into the time is known before the first of
+    them. Usually this arm at the other's number of steps."""
+
+
 class Arm(Config):
     """One treatment."""
 
@@ -32,6 +42,22 @@ class Arm(Config):
     clip_rate_of: str | None = None
     """Another arm. This one clips the global norm at a limit that would have clipped as many of that arm's steps, of
     the same seed and point: the control that tells a clever clip from a tighter one."""
+    as_long_as: Duration | None = None
+    """This one takes as many optimizer steps as fit into the time of another arm's training, of the same seed and
+    point: a comparison at equal wall time, with the whole schedule on either side."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Arms whose results this one's config is made of."""
+        if self.as_long_as is not None:
+            return (self.as_long_as.arm, self.as_long_as.paced_by)
+        return (self.clip_rate_of,) if self.clip_rate_of is not None else ()
+
+    @model_validator(mode="after")
+    def _is_tuned_once(self) -> Self:
+        if self.clip_rate_of is not None and self.as_long_as is not None:
+            raise ValueError("as_long_as: does not go with clip_rate_of; leave one of them out")
+        return self
 
 
 class Grid(Config):
@@ -137,9 +163,10 @@ class Condition(Config):
     """A comparison, seed by seed: ``left`` against ``factor * right + margin``."""
 
     left: Quantity
-    relation: Literal["below", "at_most", "within"]
-    """``below``: left is less, beyond the noise of the seeds. ``at_most``: the same, but no difference at all (a
-    spread of zero) will do. ``within``: they differ by at most ``tolerance`` of right, beyond the noise."""
+    relation: Literal["below", "above", "at_most", "within"]
+    """``below``: left is less, beyond the noise of the seeds; ``above``: it is more. ``at_most``: it is less, but no
+    difference at all (a spread of zero) will do. ``within``: they differ by at most ``tolerance`` of right, beyond the
+    noise."""
     right: QuantityOrNumber
     factor: PositiveFloat = 1.0
     tolerance: PositiveFloat | None = None
@@ -188,6 +215,9 @@ class StudyConfig(Config):
     arms: dict[str, Arm] = Field(min_length=2)
     first_seed: NonNegativeInt = 0
     """Of the first block; the next ones count on."""
+    reference: str | None = None
+    """The arm whose losses say how hard each validation token is, for ``token_complexity``: those of another seed, so
+    that a model is not asked of itself."""
     blocks: PositiveInt = 10
     """At most so many."""
     budget_minutes: PositiveFloat = 60.0
@@ -217,9 +247,10 @@ class StudyConfig(Config):
                 raise ValueError(
                     f"arms.{name}: a name should have no / and begin with neither . nor -, for it names folders"
                 )
-            other = arm.clip_rate_of
-            if other is not None and (other not in self.arms or self.arms[other].clip_rate_of is not None):
-                raise ValueError(f"arms.{name}.clip_rate_of: should be an arm that is not tuned itself, not {other!r}")
+            key = "clip_rate_of" if arm.clip_rate_of is not None else "as_long_as"
+            for other in arm.needs:
+                if other not in self.arms or self.arms[other].needs:
+                    raise ValueError(f"arms.{name}.{key}: should be an arm that is not tuned itself, not {other!r}")
         return self
 
     @model_validator(mode="after")
@@ -228,6 +259,14 @@ class StudyConfig(Config):
         for number, name in enumerate(names):
             if name in names[:number]:
                 raise ValueError(f"claims.{number}.name: {name!r} is the name of another claim")
+        return self
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> Self:
+        if self.reference is not None and self.reference not in self.arms:
+            raise ValueError(f"reference: {self.reference!r} is none of the arms {', '.join(self.arms)}")
+        if self.reference is not None and self.grid is not None:
+            raise ValueError("reference: does not go with a grid; leave one of them out")
         return self
 
     @model_validator(mode="after")

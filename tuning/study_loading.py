@@ -66,13 +66,13 @@ def study_titles() -> list[tuple[str, str]]:
     return [(name, load_study(name).title) for name in preset_names(STUDIES)]
 
 
-def trial_config(study: StudyConfig, key: TrialKey, max_norm: float | None = None) -> RunConfig:
+def trial_config(study: StudyConfig, key: TrialKey, matched: Tree | None = None) -> RunConfig:
     """The config of one trial.
 
     Args:
         study: the study.
         key: the trial.
-        max_norm: the limit at which an arm clips that is tuned to another's clip rate.
+        matched: what an arm that is tuned to another takes from that one's results (`tuning.matching`).
 
     Raises:
         UserError: it does not hold; one line a problem, naming the part of the study.
@@ -87,8 +87,9 @@ def trial_config(study: StudyConfig, key: TrialKey, max_norm: float | None = Non
         trees[name] = document.tree
     trees[f"arms.{key.arm}.config"] = arm.config
     if arm.clip_rate_of is not None:
-        limit = {"max_norm": max_norm} if max_norm is not None else {}
-        trees[f"arms.{key.arm}.clip_rate_of"] = {"stability": {"clip": {"kind": "global", **limit}}}
+        trees[f"arms.{key.arm}.clip_rate_of"] = {"stability": {"clip": {"kind": "global"}}}
+    if matched:
+        trees["matched"] = matched
     if study.grid is not None:
         trees["grid"] = nested(tuple(study.grid.key.split(".")), _plain(key.point))
     trees["seeds"] = {"seed": key.seed}

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +28,7 @@ from pipelines.run_lock import RunBusyError, RunLock
 from pipelines.tracking import FINISH_TIMEOUT_S
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
 from tuning.results import TrialKey
-from tuning.study_config import StudyConfig
+from tuning.study_config import StudyConfig, Tree
 
 _TRIALS = "trials.jsonl"
 _PROGRESS = "progress.json"
@@ -43,8 +43,8 @@ class TrialRecord:
     """Of its run."""
     outcome: str
     seconds: float
-    max_norm: float | None = None
-    """The limit of an arm that was tuned to another's clip rate."""
+    matched: Tree = field(default_factory=dict)
+    """Keys of its config that an arm took from another's results."""
 
 
 def find_study(study: str) -> RunFolder:

@@ -21,11 +21,11 @@ from pipelines.tracking import Tracker, TrialPlace
 from pipelines.tracking_store import TrackingStore
 from pipelines.views import run_colour
 from tuning.blocks import Blocks
-from tuning.matching import matching_max_norm
+from tuning.matching import matched
 from tuning.outcome import measure_trial
 from tuning.recording import read_series
 from tuning.results import TrialKey, TrialResult
-from tuning.study_config import StudyConfig
+from tuning.study_config import StudyConfig, Tree
 from tuning.study_loading import trial_config
 from tuning.study_run import StudyRun, TrialRecord
 from tuning.trial_rank import TrialJob
@@ -40,7 +40,7 @@ class _Running:
     key: TrialKey
     config: RunConfig
     folder: RunFolder
-    max_norm: float | None
+    matched: Tree
     started: float = 0.0
     tracker: Tracker | None = None
 
@@ -85,10 +85,10 @@ class StudyTrials:
         key = self._blocks.next()
         if not isinstance(key, TrialKey):
             return key
-        max_norm = self._limit(key)
-        config = fit_to_text(trial_config(self._study, key, max_norm), self._shards)
+        matched = self._matched(key)
+        config = fit_to_text(trial_config(self._study, key, matched), self._shards)
         folder = RunFolder(_free_folder(f"{self._run.info.id}-{key.name}"))
-        self._running[key.name] = _Running(key, config, folder, max_norm)
+        self._running[key.name] = _Running(key, config, folder, matched)
         job = TrialJob(
             config=config.model_dump(mode="json"), run_folder=str(folder.path), shards=str(self._shards.folder)
         )
@@ -115,7 +115,7 @@ class StudyTrials:
             # Its first loss was not finite, or every batch was corrupted: with such an arm nothing can be compared.
             self._fail(trial, UserError(f"trial {name}: {error}"))
             return
-        record = TrialRecord(trial.key, str(trial.folder.path), ending.outcome, round(seconds, 2), trial.max_norm)
+        record = TrialRecord(trial.key, str(trial.folder.path), ending.outcome, round(seconds, 2), trial.matched)
         self._run.record(record)
         self._records[trial.key] = record
         self._blocks.ended(trial.key)
@@ -144,14 +144,11 @@ class StudyTrials:
         self.failure = self.failure or failure
         self._stop.set()
 
-    def _limit(self, key: TrialKey) -> float | None:
-        """At which an arm clips that is tuned to another's clip rate."""
-        other = self._study.arms[key.arm].clip_rate_of
-        if other is None:
-            return None
-        return matching_max_norm(
-            read_series(RunFolder(Path(self._records[TrialKey(key.seed, other, key.point)].folder)))
-        )
+    def _matched(self, key: TrialKey) -> Tree:
+        """What an arm that is tuned to others takes from their results."""
+        arm = self._study.arms[key.arm]
+        records = {other: self._records[TrialKey(key.seed, other, key.point)] for other in arm.needs}
+        return matched(arm, {other: read_series(RunFolder(Path(r.folder))) for other, r in records.items()})
 
     def _open(self, trial: _Running) -> None:
         key = trial.key

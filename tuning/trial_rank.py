@@ -75,7 +75,7 @@ class TrialRank:
     def _take(self, done: StepDone) -> None:
         self._step = done.report.step
         if self.rank == 0:
-            self._recording().add(done.report, done.validation)
+            self._recording().add(done)
 
     def _end(self, ending: Ending) -> Progress:
         if self.rank == 0 and ending.outcome != "refused":

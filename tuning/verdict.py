@@ -111,7 +111,7 @@ def _judge_condition(condition: Condition, results: Results, grid: Grid | None) 
     means = interval(left_S).mean, interval(right_S).mean
     if condition.tolerance is None:
         difference = interval([left - target for left, target in pairs])
-        outcome = _below(difference) if condition.relation == "below" else _at_most(difference)
+        outcome = _on_its_side(difference, condition.relation)
     else:
         shares = [_share(left, target) for left, target in pairs]
         if not all(math.isfinite(share) for share in shares):
@@ -123,16 +123,11 @@ def _judge_condition(condition: Condition, results: Results, grid: Grid | None) 
     return ConditionVerdict(outcome, sentence, *means, difference)
 
 
-def _below(difference: Interval) -> Verdict:
-    if difference.high < 0:
+def _on_its_side(difference: Interval, relation: str) -> Verdict:
+    low, high = (difference.low, difference.high) if relation != "above" else (-difference.high, -difference.low)
+    if high < 0 or (high == 0 and relation == "at_most"):
         return "holds"
-    return "does not hold" if difference.low >= 0 else "cannot tell"
-
-
-def _at_most(difference: Interval) -> Verdict:
-    if difference.high <= 0:
-        return "holds"
-    return "does not hold" if difference.low > 0 else "cannot tell"
+    return "does not hold" if low > 0 or (low == 0 and relation != "at_most") else "cannot tell"
 
 
 def _within(share: Interval, tolerance: float) -> Verdict:

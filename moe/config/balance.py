@@ -75,14 +75,50 @@ class QuantileBalanceConfig(Config):
     schedule: BiasScheduleConfig = BiasScheduleConfig()
 
 
+class BudgetBalanceConfig(Config):
+    """Every expert with weights is held at an even share of model.moe.experts_per_token, beside identity experts
+    (LongCat-Flash, arXiv 2509.01322, section 2.1).
+
+    The biases of identity experts stay 0 and none is recentred: the mean of the others is what holds the budget.
+    """
+
+    kind: Literal["budget"] = "budget"
+    bias_update_rate: PositiveFloat = 1e-2
+    """Step of the bias of an expert without any token (u); an expert with twice its share moves down as far. In terms
+    of the report's mu, which it does not give, u = mu * experts_per_token / (top_k * num_experts). The default, of this
+    project, moves sigmoid affinities' biases by 1e-3 where a load is off by a tenth."""
+    schedule: BiasScheduleConfig = BiasScheduleConfig()
+
+
+class ThresholdBalanceConfig(Config):
+    """Thresholds that let every expert have top_k / num_experts of the tokens (Su, "MoE tour, part 7", kexue.fm).
+
+    For model.moe.selection.kind=threshold; biases are the thresholds negated, and are not recentred.
+    """
+
+    kind: Literal["threshold"] = "threshold"
+    smoothing: Share = 0.9
+    """Share of the old threshold that is kept at each update (lambda): thresholds follow affinities some
+    smoothing / (1 - smoothing) steps behind."""
+    schedule: BiasScheduleConfig = BiasScheduleConfig()
+
+
 BalanceConfig = Annotated[
-    NoBalanceConfig | SignBalanceConfig | ProportionalBalanceConfig | SmebuBalanceConfig | QuantileBalanceConfig,
+    NoBalanceConfig
+    | SignBalanceConfig
+    | ProportionalBalanceConfig
+    | SmebuBalanceConfig
+    | QuantileBalanceConfig
+    | BudgetBalanceConfig
+    | ThresholdBalanceConfig,
     Field(discriminator="kind"),
 ]
 
 
 def balance_problem(balance: BalanceConfig, moe: MoeConfig, steps: int) -> str | None:
     """Why this rule cannot balance this model over so many optimizer steps, in one line; None if it can."""
+    if problem := _other_number_of_experts(balance, moe):
+        return problem
     if isinstance(balance, NoBalanceConfig):
         return None
     name = f"stability.balance.kind is {balance.kind}"
@@ -102,4 +138,21 @@ def balance_problem(balance: BalanceConfig, moe: MoeConfig, steps: int) -> str |
             )
         if moe.top_k >= moe.num_experts:
             return f"{name}, but model.moe.top_k is model.moe.num_experts ({moe.top_k}), so every load is even"
+    return None
+
+
+def _other_number_of_experts(balance: BalanceConfig, moe: MoeConfig) -> str | None:
+    """Why this rule does not fit to how the model decides on the number of a token's experts."""
+    name = f"stability.balance.kind is {balance.kind}"
+    if isinstance(balance, NoBalanceConfig):
+        if moe.experts_per_token is not None:
+            return f"model.moe.experts_per_token is set, but {name}, and nothing holds it: set the kind to budget"
+        return None
+    # Other rules even out the load of all outputs alike and recentre: no mean is left that could hold a number.
+    if isinstance(balance, BudgetBalanceConfig) != (moe.num_identity_experts > 0):
+        if moe.num_identity_experts:
+            return f"{name}, but model.moe.num_identity_experts is above 0: take budget, or none"
+        return f"{name}, but model.moe.num_identity_experts is 0, so every token passes top_k; take another kind"
+    if isinstance(balance, ThresholdBalanceConfig) != (moe.selection.kind == "threshold"):
+        return f"{name}, but model.moe.selection.kind is {moe.selection.kind}: threshold takes threshold, or none"
     return None

@@ -7,7 +7,7 @@ is refused by name, and a missing size is an error, because every writer of this
 from collections.abc import Mapping
 from typing import Any, Final
 
-from moe.config.model import EXPERTS_PER_GROUP_SCORE, MlaConfig, ModelConfig
+from moe.config.model import EXPERTS_PER_GROUP_SCORE, MlaConfig, ModelConfig, MoeConfig
 
 MODEL_TYPE: Final = "deepseek_v3"
 NOT_IN_WEIGHTS: Final = ("mtp", "init")
@@ -37,6 +37,9 @@ _SIZES: Final = {
     "moe.normalize_gates": "norm_topk_prob",
     "moe.routed_scaling_factor": "routed_scaling_factor",
 }
+
+# Options of model.moe that DeepseekV3 does not have, and what it is.
+_MOE_ONLY: Final = {"hash_layers": 0, "bias_domains": 1, "group_score": "biased", "output_norm": False}
 
 # What this model always is; the released DeepSeek-V3 has the last three besides what transformers writes.
 _ONLY: Final = {
@@ -69,16 +72,32 @@ def refuse_inexpressible(config: ModelConfig) -> None:
         problems.append("model.attention.qk_norm=True (only False)")
     if config.norm_placement != "pre":
         problems.append(f"model.norm_placement={config.norm_placement} (only pre)")
+    if config.residual.kind != "plain":
+        problems.append(f"model.residual.kind={config.residual.kind} (only plain)")
     if config.activation.kind != "swiglu":
         problems.append(f"model.activation.kind={config.activation.kind} (only swiglu)")
-    if moe.output_norm:
-        problems.append("model.moe.output_norm=True (only False)")
+    problems += [
+        f"model.moe.{key}={value} (only {only})"
+        for key, only in _MOE_ONLY.items()
+        if (value := getattr(moe, key)) != only
+    ]
+    problems += _number_of_experts_problems(moe)
     if moe.num_experts and moe.affinity != "sigmoid":
         problems.append(f"model.moe.affinity={moe.affinity} (only sigmoid)")
     if 0 < moe.num_experts < EXPERTS_PER_GROUP_SCORE:
         problems.append(f"model.moe.num_experts={moe.num_experts} (only 0, or at least {EXPERTS_PER_GROUP_SCORE})")
     if problems:
         raise ValueError(f"Hugging Face's DeepseekV3 cannot express {'; '.join(problems)}")
+
+
+def _number_of_experts_problems(moe: MoeConfig) -> list[str]:
+    """Options that let tokens differ in how many experts they pass."""
+    problems = []
+    if moe.num_identity_experts:
+        problems.append(f"model.moe.num_identity_experts={moe.num_identity_experts} (only 0)")
+    if moe.selection.kind != "top_k":
+        problems.append(f"model.moe.selection.kind={moe.selection.kind} (only top_k)")
+    return problems
 
 
 def hf_config(config: ModelConfig) -> dict[str, object]:

@@ -6,6 +6,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from moe.config.activation import ActivationConfig, SwigluConfig
 from moe.config.base import Config
+from moe.config.residual import PlainResidualConfig, ResidualConfig
+from moe.config.selection import SelectionConfig, ThresholdSelectionConfig, TopKSelectionConfig
 
 # DeepSeek-V3 scores a group by its two best experts (arXiv 2412.19437, section 2.1.2 and the released inference code).
 EXPERTS_PER_GROUP_SCORE = 2
@@ -79,12 +81,21 @@ class MoeConfig(Config):
     """Hidden width of one expert."""
     first_dense_layers: NonNegativeInt = 1
     """The first layers keep a dense FFN of model.intermediate_size."""
+    hash_layers: NonNegativeInt = 0
+    """The first so many MoE layers take a token's experts from a fixed table by its id instead of choosing them; gates
+    are still learnt (DeepSeek-V4 report: 3). Groups, expert biases and balance losses have no part in them."""
     affinity: Affinity = "sigmoid"
     """Function from router logits to affinities; sqrt_softplus is sqrt(softplus(x)) (DeepSeek-V4), unbounded above."""
     num_groups: PositiveInt = 1
     """Experts are divided into this many equal groups, contiguous by expert id."""
     top_groups: PositiveInt = 1
-    """Groups that a token may choose experts from; a group's score is the sum of its two best biased affinities."""
+    """Groups that a token may choose experts from; a group's score is the sum of its two best affinities."""
+    group_score: Literal["biased", "unbiased"] = "biased"
+    """Whether the affinities that score a group include the expert bias (DeepSeek-V3's released inference code) or not
+    (the words of its report, arXiv 2412.19437, section 2.1.2). Inside the groups the bias counts in any case."""
+    bias_domains: PositiveInt = 1
+    """Classes of documents with an expert bias of their own, each moved by the load of its own tokens (DeepSeek-V4.1
+    report: one for text, one for images). A batch says which class each token is of: data.domains."""
     normalize_gates: bool = True
     """Divide the chosen affinities by their sum."""
     routed_scaling_factor: PositiveFloat = 1.0
@@ -93,6 +104,51 @@ class MoeConfig(Config):
     """RMSNorm on the routed experts' weighted sum, before the shared experts are added (Kimi K3, arXiv 2607.24653,
     unconfirmed; there it stands before an up-projection that this model does not have). What multiplies all gates of a
     token is normed away; their ratios are left."""
+    selection: SelectionConfig = TopKSelectionConfig()
+    num_identity_experts: NonNegativeInt = 0
+    """Further experts, without weights, that give back what they are given (zero-computation experts, LongCat-Flash,
+    arXiv 2509.01322, section 2.1). They are among those that top_k chooses from, so tokens differ in how many experts
+    with weights they pass. Their gates count among those that normalize_gates divides."""
+    experts_per_token: PositiveFloat | None = None
+    """Mean number of experts with weights that a token is to pass, beside identity experts (K_e in LongCat-Flash):
+    stability.balance.kind=budget holds it. Null takes the share of an even load over all experts,
+    top_k * num_experts / (num_experts + num_identity_experts)."""
+
+    @property
+    def router_outputs(self) -> int:
+        """Experts that the router chooses from; the last num_identity_experts of them are identities."""
+        return self.num_experts + self.num_identity_experts
+
+    @property
+    def max_choices(self) -> int:
+        """Most experts of one token, identities included."""
+        if isinstance(self.selection, ThresholdSelectionConfig):
+            return self.selection.max_experts or min(2 * self.top_k, self.num_experts)
+        return self.top_k
+
+    @property
+    def mean_experts(self) -> float:
+        """Experts with weights that a token is to pass on average."""
+        if self.experts_per_token is not None:
+            return self.experts_per_token
+        return self.top_k * self.num_experts / self.router_outputs if self.num_identity_experts else self.top_k
+
+    @property
+    def experts_vary(self) -> bool:
+        """Whether tokens differ in how many experts with weights they pass."""
+        return self.num_identity_experts > 0 or isinstance(self.selection, ThresholdSelectionConfig)
+
+    @model_validator(mode="after")
+    def _options_of_the_choice_have_a_choice(self) -> "MoeConfig":
+        if self.num_experts == 0 and (self.hash_layers or self.bias_domains > 1):
+            key, off = ("hash_layers", 0) if self.hash_layers else ("bias_domains", 1)
+            raise ValueError(f"{key} ({getattr(self, key)}) has no effect, since num_experts is 0; set {key}={off}")
+        if self.group_score == "unbiased" and self.top_groups == self.num_groups:
+            raise ValueError(
+                f"group_score=unbiased has no effect where all groups may be chosen: set top_groups below num_groups "
+                f"({self.num_groups}), or group_score=biased"
+            )
+        return self
 
     @model_validator(mode="after")
     def _output_norm_has_an_effect_and_no_rival(self) -> "MoeConfig":
@@ -110,14 +166,14 @@ class MoeConfig(Config):
     def _selection_is_possible(self) -> "MoeConfig":
         if self.num_experts == 0:
             return self
-        if self.top_k > self.num_experts:
+        if self.top_k > self.router_outputs:
             raise ValueError(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})")
         if self.num_experts % self.num_groups:
             raise ValueError(f"num_experts ({self.num_experts}) is not divisible by num_groups ({self.num_groups})")
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups ({self.top_groups}) is larger than num_groups ({self.num_groups})")
         per_group = self.num_experts // self.num_groups
-        if self.top_k > self.top_groups * per_group:
+        if self.top_groups < self.num_groups and self.top_k > self.top_groups * per_group:
             raise ValueError(
                 f"top_k ({self.top_k}) is more than the {self.top_groups} chosen groups hold "
                 f"({self.top_groups} x {per_group} experts)"
@@ -127,6 +183,67 @@ class MoeConfig(Config):
                 f"a group is scored by its {EXPERTS_PER_GROUP_SCORE} best experts, "
                 f"but num_experts / num_groups is {per_group}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _identity_experts_leave_a_choice(self) -> "MoeConfig":
+        wanted, identities = self.experts_per_token, self.num_identity_experts
+        if identities == 0:
+            if wanted is not None:
+                raise ValueError(
+                    f"experts_per_token ({wanted}) has no effect, since num_identity_experts is 0 and every token "
+                    f"passes top_k ({self.top_k}); leave it out"
+                )
+            return self
+        if self.num_experts == 0:
+            raise ValueError(f"num_identity_experts is {identities}, but num_experts is 0: set it to 0")
+        if self.top_groups < self.num_groups:
+            raise ValueError(
+                f"num_identity_experts is {identities}, and identities are in no group: set top_groups to num_groups "
+                f"({self.num_groups})"
+            )
+        if self.top_k >= self.router_outputs:
+            raise ValueError(
+                f"top_k ({self.top_k}) takes every expert, identities included; make it less than num_experts + "
+                f"num_identity_experts ({self.router_outputs})"
+            )
+        least, most = max(0, self.top_k - identities), min(self.top_k, self.num_experts)
+        if not least < self.mean_experts < most:
+            raise ValueError(
+                f"experts_per_token must be above {least} and below {most}, got {wanted}: of top_k ({self.top_k}) "
+                f"choices at most num_identity_experts ({identities}) are identities"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_can_be_held(self) -> "MoeConfig":
+        if not isinstance(self.selection, ThresholdSelectionConfig):
+            return self
+        name, most = "selection.kind is threshold", self.selection.max_experts
+        if self.num_experts == 0:
+            raise ValueError(f"{name}, but num_experts is 0: set it to top_k")
+        if self.num_identity_experts:
+            raise ValueError(f"{name}, which varies the number of experts by itself; set num_identity_experts to 0")
+        if self.top_groups < self.num_groups:
+            raise ValueError(f"{name}, which knows no groups: set top_groups to num_groups ({self.num_groups})")
+        if self.top_k >= self.num_experts:
+            raise ValueError(f"{name}, but top_k is num_experts ({self.top_k}), so every expert is always taken")
+        if most is not None and not self.top_k < most <= self.num_experts:
+            raise ValueError(
+                f"selection.max_experts ({most}) must be above top_k ({self.top_k}), the mean number, and at most "
+                f"num_experts ({self.num_experts})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_varying_number_of_experts_goes_alone(self) -> "MoeConfig":
+        if not self.experts_vary:
+            return self
+        what = "num_identity_experts" if self.num_identity_experts else "selection.kind=threshold"
+        if self.hash_layers:
+            raise ValueError(f"hash_layers sends every token to top_k experts, which {what} varies; set hash_layers=0")
+        if self.bias_domains > 1:
+            raise ValueError(f"bias_domains is not defined with {what}, whose biases hold a budget; set bias_domains=1")
         return self
 
 
@@ -173,6 +290,7 @@ class ModelConfig(Config):
     """RMSNorm on what a sub-layer (attention, feed-forward) reads; or on that and on what it gives, before it is added
     to the residual stream (Sandwich-LN, arXiv 2105.13290); or on what it gives alone (OLMo 2, arXiv 2501.00656).
     Reordered, a router reads the residual stream as it is."""
+    residual: ResidualConfig = PlainResidualConfig()
     moe: MoeConfig = MoeConfig()
     mtp: MtpConfig = MtpConfig()
     init: InitConfig = InitConfig()
@@ -181,10 +299,24 @@ class ModelConfig(Config):
         """Whether transformer layer ``layer`` (from 0; an MTP block counts as layer ``num_layers``) holds experts."""
         return self.moe.num_experts > 0 and layer >= self.moe.first_dense_layers
 
+    def is_hash_layer(self, layer: int) -> bool:
+        """Whether transformer layer ``layer`` (from 0) takes its experts from a table by token id."""
+        return self.is_moe_layer(layer) and layer < self.moe.first_dense_layers + self.moe.hash_layers
+
     @property
     def num_moe_layers(self) -> int:
         """Layers with a router, those of the MTP block included."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers + self.mtp.depth))
+
+    @property
+    def num_choosing_layers(self) -> int:
+        """MoE layers that choose experts, which is all but the hash layers; they come last."""
+        return self.num_moe_layers - self.moe.hash_layers
+
+    @property
+    def num_biases(self) -> int:
+        """Vectors of expert biases that take part in a choice: one per choosing layer and class of documents."""
+        return self.num_choosing_layers * self.moe.bias_domains
 
     @model_validator(mode="after")
     def _no_norm_undoes_the_start(self) -> "ModelConfig":
@@ -201,5 +333,11 @@ class ModelConfig(Config):
             raise ValueError(
                 f"moe.first_dense_layers ({self.moe.first_dense_layers}) leaves none of the {self.num_layers} layers "
                 "for the experts; set moe.num_experts=0 for a dense model"
+            )
+        trunk = self.num_layers - self.moe.first_dense_layers
+        if self.moe.hash_layers > max(0, trunk):
+            raise ValueError(
+                f"moe.hash_layers ({self.moe.hash_layers}) is more than the {trunk} layers with experts (num_layers - "
+                "moe.first_dense_layers; that of multi-token prediction always chooses)"
             )
         return self

@@ -4,13 +4,17 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from moe.config.balance import balance_problem
+from moe.config.anticipation import anticipation_problem
+from moe.config.balance import NoBalanceConfig, SignBalanceConfig, balance_problem
 from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
-from moe.config.clip import GroupClipConfig
+from moe.config.clip import GroupClipConfig, SpamClipConfig
+from moe.config.fp8 import DeepseekV3Fp8Config, Fp8Config, NoFp8Config
 from moe.config.model import ModelConfig
 from moe.config.monitors import MonitorsConfig
-from moe.config.optimizer import AdamwConfig, OptimizerConfig
+from moe.config.nodes import nodes_problem
+from moe.config.optimizer import AdamwConfig, MuonConfig, OptimizerConfig
+from moe.config.qk_clip import MaxLogitQkClipConfig
 from moe.config.schedule import ScheduleConfig, SimpleSchedule, Stage, StagedSchedule
 from moe.config.stability import StabilityConfig
 
@@ -20,6 +24,8 @@ class PrecisionConfig(Config):
 
     compute: Literal["fp32", "bf16"] = "fp32"
     """Dtype of matrix products and of tokens on the wire."""
+    fp8: Fp8Config = NoFp8Config()
+    """Which matrix products are in FP8, and how."""
 
 
 class ParallelConfig(Config):
@@ -29,6 +35,10 @@ class ParallelConfig(Config):
     """Ranks in all. Every rank reads its own share of each batch."""
     expert_parallel: PositiveInt = 1
     """Ranks over which each layer's experts are divided; workers / expert_parallel copies of every expert exist."""
+    expert_nodes: PositiveInt | None = None
+    """Nodes over which each layer's experts are spread, in equal contiguous parts by expert id, for the figure
+    ``moe/nodes_per_token``; null counts none. They may be imagined: a run on one rank can be asked how far its tokens
+    would travel on eight nodes. With ``model.moe.top_groups`` below ``num_groups`` groups must lie on nodes."""
     dense: Literal["replicate", "shard"] = "replicate"
     """Dense parameters: a copy on every rank, or sharded over all ranks (FSDP2)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -101,6 +111,47 @@ class TrainerConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _experts_can_be_anticipated(self) -> "TrainerConfig":
+        problem = anticipation_problem(self.stability.anticipation, self.model.moe, self.steps)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_choice_to_balance(self) -> "TrainerConfig":
+        moe, stability = self.model.moe, self.stability
+        if moe.bias_domains > 1 and isinstance(stability.balance, NoBalanceConfig):
+            raise ValueError(
+                f"model.moe.bias_domains ({moe.bias_domains}) has no effect, since stability.balance.kind is none and "
+                "no bias moves; set bias_domains to 1, or another kind"
+            )
+        if not moe.hash_layers or self.model.num_choosing_layers:
+            return self
+        idle = {
+            "model.moe.bias_domains is above 1": moe.bias_domains > 1,
+            # The defaults need not be switched off.
+            f"stability.balance.kind is {stability.balance.kind}": not isinstance(
+                stability.balance, NoBalanceConfig | SignBalanceConfig
+            ),
+            "stability.balance_loss.kind is batch": isinstance(stability.balance_loss, BatchBalanceLossConfig),
+        }
+        for what, said in idle.items():
+            if said:
+                raise ValueError(
+                    f"{what}, but model.moe.hash_layers ({moe.hash_layers}) leaves no layer that chooses its experts; "
+                    "leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_lie_on_nodes(self) -> "TrainerConfig":
+        nodes = self.parallel.expert_nodes
+        problem = nodes_problem(nodes, self.parallel.expert_parallel, self.model.moe) if nodes is not None else None
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _options_of_experts_have_experts(self) -> "TrainerConfig":
         if self.model.moe.num_experts:
             return self
@@ -110,8 +161,28 @@ class TrainerConfig(Config):
             unused = [f"stability.clip.{group}_max_norm" for group, limit in groups.items() if limit is not None]
         if not self.optimizer.decay_router:
             unused.append("optimizer.decay_router")
+        if isinstance(self.precision.fp8, DeepseekV3Fp8Config) and self.precision.fp8.dispatch:
+            unused.append("precision.fp8.dispatch")
         if unused:
             raise ValueError(f"{unused[0]} has no effect, since model.moe.num_experts is 0; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _clip_has_its_moments(self) -> "TrainerConfig":
+        if isinstance(self.stability.clip, SpamClipConfig) and isinstance(self.optimizer, MuonConfig):
+            raise ValueError(
+                "stability.clip.kind is spam, which clips against the second moment of every parameter, but "
+                "optimizer.kind is muon, which keeps none of matrices; set clip.kind to stable_spam, which needs none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_can_be_clipped(self) -> "TrainerConfig":
+        if isinstance(self.stability.qk_clip, MaxLogitQkClipConfig) and self.model.attention.qk_norm:
+            raise ValueError(
+                "stability.qk_clip.kind is max_logit, but model.attention.qk_norm norms queries and keys, so that the "
+                "size of their weights changes no logit; set qk_clip.kind=none, or qk_norm=false"
+            )
         return self
 
     @model_validator(mode="after")

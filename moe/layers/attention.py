@@ -29,22 +29,25 @@ def within_documents(documents_BS: torch.Tensor) -> torch.Tensor:
     return (same_BSS & (positions.unsqueeze(1) >= positions)).unsqueeze(1)
 
 
-def _attend(
-    q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor, mask_B1SS: torch.Tensor | None
-) -> torch.Tensor:
-    """Softmax attention, causal or as ``mask_B1SS`` allows -> [B, S, H*V].
+class SoftmaxAttention(nn.Module):
+    """Softmax attention over queries, keys and values as they are. A module, so that a hook sees what it reads."""
 
-    The fused CPU kernel wants equal widths; a narrower value is padded with zeros, which the product ignores, because
-    the unfused path writes the whole S x S matrix of every head.
-    """
-    width = v_BHSV.shape[-1]
-    if v_BHSV.device.type == "cpu" and width < q_BHSK.shape[-1]:
-        v_BHSV = F.pad(v_BHSV, (0, q_BHSK.shape[-1] - width))
-    scale = q_BHSK.shape[-1] ** -0.5
-    y_BHSV = F.scaled_dot_product_attention(
-        q_BHSK, k_BHSK, v_BHSV, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, scale=scale
-    )
-    return y_BHSV[..., :width].transpose(1, 2).flatten(2)
+    def forward(
+        self, q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor, mask_B1SS: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Causal or as ``mask_B1SS`` allows -> [B, S, H*V].
+
+        The fused CPU kernel wants equal widths; a narrower value is padded with zeros, which the product ignores,
+        because the unfused path writes the whole S x S matrix of every head.
+        """
+        width = v_BHSV.shape[-1]
+        if v_BHSV.device.type == "cpu" and width < q_BHSK.shape[-1]:
+            v_BHSV = F.pad(v_BHSV, (0, q_BHSK.shape[-1] - width))
+        scale = q_BHSK.shape[-1] ** -0.5
+        y_BHSV = F.scaled_dot_product_attention(
+            q_BHSK, k_BHSK, v_BHSV, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, scale=scale
+        )
+        return y_BHSV[..., :width].transpose(1, 2).flatten(2)
 
 
 def _head_norms(width: int, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
@@ -85,6 +88,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(attention.kv_lora_rank, config.norm_eps, latent_scale)
         self.kv_up = Linear(attention.kv_lora_rank, heads * (attention.qk_nope_head_dim + attention.v_head_dim))
         self.out_proj = Linear(heads * attention.v_head_dim, hidden)
+        self.attend = SoftmaxAttention()
         self.q_norm, self.k_norm = _head_norms(qk_width, config)
 
     def _latent_scale(self, hidden: int, rank: int) -> float:
@@ -93,7 +97,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor, mask_B1SS: torch.Tensor | None = None) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]; without a mask, causal."""
-        y: torch.Tensor = self.out_proj(_attend(*self.project(x_BSD), mask_B1SS))
+        y: torch.Tensor = self.out_proj(self.attend(*self.project(x_BSD), mask_B1SS))
         return y
 
     def project(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,6 +117,18 @@ class LatentAttention(nn.Module):
         k_rope = rotate(k_rope, turns[:, c.qk_nope_head_dim // 2 :]).expand(-1, c.num_heads, -1, -1)
         return q_BHSK, torch.cat((k_nope, k_rope), dim=-1), v_BHSV
 
+    def logit_exponents(self) -> dict[str, list[float]]:
+        """For each weight that makes logits, the power of g that multiplies a head's rows to multiply its logits by g.
+
+        All heads share the rotary part of the keys, so g goes to that of the queries. Without ``qk_norm``.
+        """
+        c = self.config
+        queries = "q_proj.weight" if c.q_lora_rank is None else "q_proj.2.weight"
+        return {
+            queries: [0.5] * c.qk_nope_head_dim + [1.0] * c.qk_rope_head_dim,
+            "kv_up.weight": [0.5] * c.qk_nope_head_dim + [0.0] * c.v_head_dim,
+        }
+
 
 class MultiHeadAttention(nn.Module):
     """Plain multi-head attention, rotary position on the whole head.
@@ -130,11 +146,12 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = Linear(config.hidden_size, width)
         self.v_proj = Linear(config.hidden_size, width)
         self.out_proj = Linear(width, config.hidden_size)
+        self.attend = SoftmaxAttention()
         self.q_norm, self.k_norm = _head_norms(attention.head_dim, config)
 
     def forward(self, x_BSD: torch.Tensor, mask_B1SS: torch.Tensor | None = None) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]; without a mask, causal."""
-        y: torch.Tensor = self.out_proj(_attend(*self.project(x_BSD), mask_B1SS))
+        y: torch.Tensor = self.out_proj(self.attend(*self.project(x_BSD), mask_B1SS))
         return y
 
     def project(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,6 +161,13 @@ class MultiHeadAttention(nn.Module):
         turns = rotary_turns(x_BSD.shape[1], self.config.head_dim, self.rope_theta, x_BSD.device)
         q_BHSK, k_BHSK = (rotate(x.transpose(1, 2), turns) for x in (self.q_norm(q), self.k_norm(k)))
         return q_BHSK, k_BHSK, v.transpose(1, 2)
+
+    def logit_exponents(self) -> dict[str, list[float]]:
+        """For each weight that makes logits, the power of g that multiplies a head's rows to multiply its logits by g.
+
+        Without ``qk_norm``.
+        """
+        return {name: [0.5] * self.config.head_dim for name in ("q_proj.weight", "k_proj.weight")}
 
 
 Attention = LatentAttention | MultiHeadAttention

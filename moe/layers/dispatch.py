@@ -9,7 +9,7 @@ expert-parallel group.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,19 @@ from moe.parallel import Ranks
 
 # (rows [Q, D], local expert ids [Q, K] with -1 for experts elsewhere, gates [Q, K]) -> combined rows [Q, D]
 RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class RowCodec(Protocol):
+    """Another form in which rows [R, D] travel to their experts."""
+
+    def round(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """The rows that will arrive, differentiable; asked for with one rank too, so that divisions agree."""
+
+    def encode(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """Rounded rows as bytes, uint8 [R, B]."""
+
+    def decode(self, bytes_RB: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Exactly the rows [R, width] that were encoded."""
 
 
 def _exchange(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], ranks: Ranks, kind: str) -> torch.Tensor:
@@ -42,6 +55,22 @@ class _ExchangeRows(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.way_back = (receive, send, ranks, kind)
         return _exchange(rows, send, receive, ranks, kind)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _exchange(grads[0], *ctx.way_back), None, None, None, None
+
+
+class _ExchangeEncodedRows(torch.autograd.Function):
+    """``_ExchangeRows`` of rows that travel as bytes; their gradient travels back in its own dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, codec: RowCodec, send: Sequence[int], receive: Sequence[int], ranks: Ranks
+    ) -> torch.Tensor:
+        ctx.way_back = (receive, send, ranks, "payload")
+        received = _exchange(codec.encode(rows), send, receive, ranks, "payload")
+        return codec.decode(received, rows.shape[1], rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -87,16 +116,21 @@ def dispatch_combine(
     experts_per_rank: int,
     run_experts: RunExperts,
     ranks: Ranks,
+    codec: RowCodec | None = None,
 ) -> torch.Tensor:
     """Send each token to the ranks of its experts, run them there, return the gate-weighted sums [T, D].
 
-    ``ids_TK`` are global expert ids. With one rank this is ``run_experts`` itself. Every rank of the group must call
-    it the same number of times; a rank may send or receive no row at all.
+    ``ids_TK`` are global expert ids, -1 for no expert, which sends nothing. With one rank this is ``run_experts``
+    itself. Every rank of the group must call it the same number of times; a rank may send or receive no row at all.
+    Rows travel to their experts as ``codec`` has them, back in their dtype.
     """
+    if codec is not None:
+        x_TD = codec.round(x_TD)
     if ranks.ep == 1:
         return run_experts(x_TD, ids_TK, gates_TK)
-    owner_TK = ids_TK // experts_per_rank
-    needed_WT = F.one_hot(owner_TK, ranks.ep).amax(dim=1).t()
+    # No expert has an owner beyond the last rank.
+    owner_TK = (ids_TK // experts_per_rank).masked_fill(ids_TK < 0, ranks.ep)
+    needed_WT = F.one_hot(owner_TK, ranks.ep + 1)[..., : ranks.ep].amax(dim=1).t()
     rank_R, token_R = needed_WT.nonzero(as_tuple=True)
     order_R = token_R.argsort(stable=True)
     starts = F.pad(needed_WT.sum(dim=0).cumsum(0), (1, 0))
@@ -114,7 +148,10 @@ def dispatch_combine(
 
     local_QK = _exchange(id_bytes, send, receive, ranks, "metadata").view(torch.int16).long()
     gates_QK = _ExchangeRows.apply(gates_RK, send, receive, ranks, "metadata")
-    x_QD = _ExchangeRows.apply(x_RD, send, receive, ranks, "payload")
+    if codec is None:
+        x_QD = _ExchangeRows.apply(x_RD, send, receive, ranks, "payload")
+    else:
+        x_QD = _ExchangeEncodedRows.apply(x_RD, codec, send, receive, ranks)
     y_QD = run_experts(x_QD, local_QK, gates_QK)
     y_RD = _ExchangeRows.apply(y_QD, receive, send, ranks, "payload")
     y_TD: torch.Tensor = _SumRows.apply(y_RD, token_R, order_R, starts)

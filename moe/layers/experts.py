@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe.layers.activation import Activation
-from moe.layers.grouped import rows_times_weights, rows_times_weights_t, weight_gradients
+from moe.layers.grouped import PlainProducts, Products
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,15 @@ class _GroupedFeedForward(torch.autograd.Function):
         w_down_EDF: torch.Tensor,
         plan: ExpertPlan,
         activation: Activation,
+        up: Products,
+        down: Products,
     ) -> torch.Tensor:
         dtype = x_RD.dtype
         gates_P1 = gates_RK.flatten()[plan.pair_P].to(dtype).unsqueeze(1)
-        h_P2F = rows_times_weights_t(x_RD.index_select(0, plan.row_P), w_up_E2FD.to(dtype), plan.ends)
-        y_PD = rows_times_weights_t(activation.forward(h_P2F).mul_(gates_P1), w_down_EDF.to(dtype), plan.ends)
+        h_P2F = up.forward(x_RD.index_select(0, plan.row_P), w_up_E2FD, plan.ends)
+        y_PD = down.forward(activation.forward(h_P2F).mul_(gates_P1), w_down_EDF, plan.ends)
         ctx.save_for_backward(x_RD, gates_P1, h_P2F, w_up_E2FD, w_down_EDF)
-        ctx.plan, ctx.activation, ctx.gates_like = plan, activation, gates_RK
+        ctx.plan, ctx.activation, ctx.gates_like, ctx.products = plan, activation, gates_RK, (up, down)
         return sum_rows(y_PD, plan.order_P, plan.row_starts)
 
     @staticmethod
@@ -91,18 +93,18 @@ class _GroupedFeedForward(torch.autograd.Function):
         x_RD, gates_P1, h_P2F, w_up_E2FD, w_down_EDF = ctx.saved_tensors
         plan: ExpertPlan = ctx.plan
         activation: Activation = ctx.activation
-        dtype = x_RD.dtype
+        up, down = ctx.products
         dy_PD = grads[0].index_select(0, plan.row_P)
-        dweighted_PF = rows_times_weights(dy_PD, w_down_EDF.to(dtype), plan.ends)
+        dweighted_PF = down.input_gradient(dy_PD, w_down_EDF, plan.ends)
         dh_P2F, activated_PF = activation.backward(h_P2F, dweighted_PF * gates_P1)
         dgates_P = torch.linalg.vecdot(dweighted_PF, activated_PF)
-        dw_down = weight_gradients(dy_PD, activated_PF.mul_(gates_P1), plan.ends)
-        dw_up = weight_gradients(dh_P2F, x_RD.index_select(0, plan.row_P), plan.ends)
-        dx_PD = rows_times_weights(dh_P2F, w_up_E2FD.to(dtype), plan.ends)
+        dw_down = down.weight_gradient(dy_PD, activated_PF.mul_(gates_P1), plan.ends)
+        dw_up = up.weight_gradient(dh_P2F, x_RD.index_select(0, plan.row_P), plan.ends)
+        dx_PD = up.input_gradient(dh_P2F, w_up_E2FD, plan.ends)
         dgates_RK = torch.zeros_like(ctx.gates_like)
         dgates_RK.view(-1)[plan.pair_P] = dgates_P.to(dgates_RK.dtype)
         dx_RD = sum_rows(dx_PD, plan.order_P, plan.row_starts)
-        return dx_RD, dgates_RK, dw_up.to(w_up_E2FD.dtype), dw_down.to(w_down_EDF.dtype), None, None
+        return dx_RD, dgates_RK, dw_up.to(w_up_E2FD.dtype), dw_down.to(w_down_EDF.dtype), None, None, None, None
 
 
 class Experts(nn.Module):
@@ -112,6 +114,8 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.activation = activation
+        self.up_products: Products = PlainProducts()
+        self.down_products: Products = PlainProducts()
         self.w_up = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
 
@@ -119,10 +123,12 @@ class Experts(nn.Module):
         """What the chosen experts' down-projections read, before gates: [P, F], sorted by expert. Not for training."""
         plan = plan_experts(ids_RK, self.num_experts)
         rows_PD = x_RD.index_select(0, plan.row_P)
-        return self.activation.forward(rows_times_weights_t(rows_PD, self.w_up.to(x_RD.dtype), plan.ends))
+        return self.activation.forward(self.up_products.forward(rows_PD, self.w_up, plan.ends))
 
     def forward(self, x_RD: torch.Tensor, ids_RK: torch.Tensor, gates_RK: torch.Tensor) -> torch.Tensor:
         """Sum over each row's experts here of gate times output -> [R, D]; ids are local, -1 means elsewhere."""
         plan = plan_experts(ids_RK, self.num_experts)
-        y: torch.Tensor = _GroupedFeedForward.apply(x_RD, gates_RK, self.w_up, self.w_down, plan, self.activation)
+        y: torch.Tensor = _GroupedFeedForward.apply(
+            x_RD, gates_RK, self.w_up, self.w_down, plan, self.activation, self.up_products, self.down_products
+        )
         return y

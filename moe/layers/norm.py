@@ -45,6 +45,10 @@ class RMSNorm(nn.Module):
         self.eps, self.scale = eps, scale
         self.weight = nn.Parameter(torch.ones(size))
 
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """The gain does not start random."""
+        return {"weight": torch.ones(())}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype."""
         # The scale costs one pass over the gain rather than over x.

@@ -18,3 +18,5 @@ class Positions:
     """False where it is padding, bool; None says that there is no padding."""
     mask_B1SS: torch.Tensor | None = None
     """Which positions may attend to which, bool; None is causal."""
+    domains_BS: torch.Tensor | None = None
+    """Class of the document that it belongs to, int64; None says that all are of class 0."""

@@ -3,7 +3,7 @@
 The bias takes part in the selection of experts only, never in a gate. The load of the batch just trained moves it for
 the next batch: using the current batch's own load would leak later tokens into the choice for earlier ones.
 
-Shape legend: M MoE layers, E routed experts.
+Shape legend: M bias vectors (one per MoE layer that chooses and class of documents), E routed experts.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,24 @@ from collections.abc import Sequence
 import torch
 
 from moe.config.balance import (
+    BudgetBalanceConfig,
     NoBalanceConfig,
     ProportionalBalanceConfig,
     QuantileBalanceConfig,
     SignBalanceConfig,
     SmebuBalanceConfig,
+    ThresholdBalanceConfig,
 )
 from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.layers.router import Router
 from moe.parallel import Ranks
 from moe.schedule import Moment, staged
-from moe.stability.bias import move_bias, relative_shortage, update_factor
+from moe.stability.bias import biases_and_loads, move_bias, relative_shortage, update_factor
+from moe.stability.budget import BudgetBalance
 from moe.stability.quantile_balance import QuantileBalance
 from moe.stability.technique import StepLoad, Technique
+from moe.stability.threshold_balance import ThresholdBalance
 
 
 class SignBalance(Technique):
@@ -37,10 +41,10 @@ class SignBalance(Technique):
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         """One update of every layer's bias from the load of the whole step."""
         factor = staged(moment.bias_update_rate, self.rate) * update_factor(self.schedule, moment)
-        for router, count_E in zip(routers, load.counts_ME, strict=True):
+        for bias_E, count_E in biases_and_loads(routers, load):
             # sign(sum - n * count) is exact in integers; a mean in floating point is not.
             direction_E = (count_E.sum() - count_E.numel() * count_E).sign().to(torch.float32)
-            move_bias(router.expert_bias_E, direction_E, factor)
+            move_bias(bias_E, direction_E, factor)
 
 
 class ProportionalBalance(Technique):
@@ -61,8 +65,8 @@ class ProportionalBalance(Technique):
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         """One update of every layer's bias from the load of the whole step."""
         factor = staged(moment.bias_update_rate, self.rate) * update_factor(self.schedule, moment)
-        for router, count_E in zip(routers, load.counts_ME, strict=True):
-            move_bias(router.expert_bias_E, relative_shortage(count_E), factor)
+        for bias_E, count_E in biases_and_loads(routers, load):
+            move_bias(bias_E, relative_shortage(count_E), factor)
 
 
 class SmebuBalance(Technique):
@@ -75,7 +79,7 @@ class SmebuBalance(Technique):
 
     def __init__(self, config: SmebuBalanceConfig, model: ModelConfig, ranks: Ranks) -> None:
         self.config = config
-        self.momentum_ME = torch.zeros(model.num_moe_layers, model.moe.num_experts, device=ranks.device)
+        self.momentum_ME = torch.zeros(model.num_biases, model.moe.num_experts, device=ranks.device)
 
     @torch.no_grad()
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
@@ -84,11 +88,11 @@ class SmebuBalance(Technique):
         factor = (
             update_factor(c.schedule, moment) * staged(moment.bias_update_rate, c.bias_update_rate) / c.bias_update_rate
         )
-        for router, count_E, momentum_E in zip(routers, load.counts_ME, self.momentum_ME, strict=True):
+        for (bias_E, count_E), momentum_E in zip(biases_and_loads(routers, load), self.momentum_ME, strict=True):
             update_E = (c.kappa * relative_shortage(count_E)).tanh()
             update_E = c.bias_update_rate * (update_E - update_E.double().mean())
             momentum_E.mul_(c.momentum).add_(update_E, alpha=1 - c.momentum)
-            move_bias(router.expert_bias_E, momentum_E, factor)
+            move_bias(bias_E, momentum_E, factor)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The momentum, fp32 [M, E]."""
@@ -101,4 +105,6 @@ BALANCE: dict[type[Config], type[Technique]] = {
     ProportionalBalanceConfig: ProportionalBalance,
     SmebuBalanceConfig: SmebuBalance,
     QuantileBalanceConfig: QuantileBalance,
+    BudgetBalanceConfig: BudgetBalance,
+    ThresholdBalanceConfig: ThresholdBalance,
 }

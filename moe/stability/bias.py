@@ -1,12 +1,23 @@
-"""What all rules that move the expert bias share: the schedule of their updates, and the recentring.
+"""What all rules that move the expert bias share: which biases there are, the schedule, and the recentring.
 
-Shape legend: E routed experts.
+Shape legend: E routed experts, M MoE layers, C classes of documents.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from moe.config.balance import BiasScheduleConfig
+from moe.layers.router import Router
 from moe.schedule import Moment
+from moe.stability.technique import StepLoad
+
+
+def biases_and_loads(routers: Sequence[Router], load: StepLoad) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every vector of expert biases (a view) and the load that moves it, [E] each: one per layer and class."""
+    counts_MCE = load.counts_ME.unsqueeze(1) if load.counts_MCE is None else load.counts_MCE
+    for router, counts_CE in zip(routers, counts_MCE, strict=True):
+        yield from zip(router.biases, counts_CE, strict=True)
 
 
 def update_factor(schedule: BiasScheduleConfig, moment: Moment) -> float:
@@ -32,8 +43,14 @@ def move_bias(bias_E: torch.Tensor, update_E: torch.Tensor, factor: float) -> No
     """
     if factor == 0.0:
         return
-    bias_E.add_(update_E, alpha=factor)
+    shift_bias(bias_E, update_E, factor)
     bias_E.sub_(bias_E.double().mean())
+
+
+def shift_bias(bias_E: torch.Tensor, update_E: torch.Tensor, factor: float) -> None:
+    """``bias += factor * update``, in place, without recentring; a factor of 0 leaves every bit as it is."""
+    if factor != 0.0:
+        bias_E.add_(update_E, alpha=factor)
 
 
 def relative_shortage(count_E: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,11 @@ from moe.config.base import Config
 from moe.config.model import ModelConfig
 from moe.config.stability import StabilityConfig
 from moe.parallel import Ranks
+from moe.stability.anticipation import ANTICIPATION
 from moe.stability.balance import BALANCE
 from moe.stability.balance_loss import BALANCE_LOSS
 from moe.stability.clip import CLIP
+from moe.stability.qk_clip import QK_CLIP
 from moe.stability.technique import Technique
 from moe.stability.z_loss import LM_Z_LOSS, ROUTER_Z_LOSS
 
@@ -17,6 +19,8 @@ FAMILIES: dict[str, dict[type[Config], type[Technique]]] = {
     "router_z_loss": ROUTER_Z_LOSS,
     "lm_z_loss": LM_Z_LOSS,
     "clip": CLIP,
+    "anticipation": ANTICIPATION,
+    "qk_clip": QK_CLIP,
 }
 
 

@@ -13,20 +13,24 @@ the thresholds alpha held. The tokens were routed by the old beta: selecting by 
 into the choice for earlier ones. For group-limited selection there is no such rule: a token's barred experts have no
 finite margin, and where fewer than k/n of the tokens may choose an expert at all, its quantile is minus infinity.
 
-Shape legend: T tokens, M MoE layers, E routed experts, B bins.
+With classes of documents each has a beta of its own, from its own tokens.
+
+Shape legend: T tokens, M bias vectors (one per MoE layer that chooses and class of documents), E routed experts, C
+classes, B bins.
 """
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
-from moe.config.balance import QuantileBalanceConfig
+from moe.config.balance import QuantileBalanceConfig, ThresholdBalanceConfig
 from moe.config.model import Affinity, ModelConfig
 from moe.layers.router import Router, Routing
 from moe.parallel import Ranks
 from moe.schedule import Moment
-from moe.stability.bias import move_bias, update_factor
+from moe.stability.bias import biases_and_loads, move_bias, shift_bias, update_factor
 from moe.stability.technique import StepLoad, Technique
 
 BINS = 512
@@ -75,10 +79,14 @@ class QuantileBalance(Technique):
     is not counted. Per step there is one collective of ``4 M E B`` bytes.
     """
 
-    def __init__(self, config: QuantileBalanceConfig, model: ModelConfig, ranks: Ranks) -> None:
-        self.config, self.ranks, self.k = config, ranks, model.moe.top_k
+    recentres: ClassVar[bool] = True
+
+    def __init__(
+        self, config: QuantileBalanceConfig | ThresholdBalanceConfig, model: ModelConfig, ranks: Ranks
+    ) -> None:
+        self.config, self.ranks, self.k, self.classes = config, ranks, model.moe.top_k, model.moe.bias_domains
         self.edges = margin_edges(model.moe.affinity).to(ranks.device)
-        shape = (model.num_moe_layers, model.moe.num_experts, BINS)
+        shape = (model.num_biases, model.moe.num_experts, BINS)
         # int32 is exact here: a bin holds at most the tokens of a global batch.
         self.histogram_MEB = torch.zeros(shape, dtype=torch.int32, device=ranks.device)
         self.first_bin_E = torch.arange(model.moe.num_experts, device=ranks.device) * BINS
@@ -89,19 +97,28 @@ class QuantileBalance(Technique):
 
     def after_forward(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
         """Count this micro-batch's margins."""
-        for router, routing, histogram_EB in zip(routers, routings, self.histogram_MEB, strict=True):
-            scores_TE = routing.affinity_TE + router.expert_bias_E
-            alpha_T1 = scores_TE.topk(self.k + 1, dim=-1).values[:, -1:]
-            bin_TE = torch.bucketize(scores_TE - alpha_T1, self.edges[1:-1], right=True) + self.first_bin_E
+        of_layers = self.histogram_MEB.split(self.classes)
+        for router, routing, histogram_CEB in zip(routers, routings, of_layers, strict=True):
+            margin_TE = self.margins(router, routing)
+            bin_TE = torch.bucketize(margin_TE, self.edges[1:-1], right=True) + self.first_bin_E
+            if routing.domains_T is not None:
+                bin_TE = bin_TE + routing.domains_T.unsqueeze(1) * histogram_CEB[0].numel()
             counted_TE = torch.ones_like(bin_TE, dtype=torch.int32)
             if routing.real_T is not None:
                 counted_TE = counted_TE * routing.real_T.unsqueeze(1)
-            histogram_EB.view(-1).scatter_add_(0, bin_TE.flatten(), counted_TE.flatten())
+            histogram_CEB.view(-1).scatter_add_(0, bin_TE.flatten(), counted_TE.flatten())
+
+    def margins(self, router: Router, routing: Routing) -> torch.Tensor:
+        """``s_ij - beta_j - alpha_i``, [T, E]."""
+        scores_TE = routing.affinity_TE + router.biases_of(routing.domains_T)
+        return scores_TE - scores_TE.topk(self.k + 1, dim=-1).values[:, -1:]
 
     @torch.no_grad()
     def after_step(self, routers: Sequence[Router], load: StepLoad, moment: Moment) -> None:
         """One update of every layer's bias. Collective."""
         factor = (1.0 - self.config.smoothing) * update_factor(self.config.schedule, moment)
         histogram_MEB = self.ranks.sum_over_world(self.histogram_MEB)
-        for router, histogram_EB in zip(routers, histogram_MEB, strict=True):
-            move_bias(router.expert_bias_E, -histogram_quantile(histogram_EB, self.edges, self.k), factor)
+        move = move_bias if self.recentres else shift_bias
+        moved = biases_and_loads(routers, load)
+        for (bias_E, _), histogram_EB in zip(moved, histogram_MEB, strict=True):
+            move(bias_E, -histogram_quantile(histogram_EB, self.edges, self.k), factor)

@@ -49,7 +49,7 @@ def build_model(
             else:
                 parameter.normal_(0.0, 0.1, generator=generator)
         for layer in model.moe_layers():
-            layer.router.expert_bias_E.uniform_(*bias, generator=generator)
+            layer.router.biases.uniform_(*bias, generator=generator)
     return model
 
 

@@ -63,7 +63,7 @@ def train(rank: int, world: int, cases: Cases, parallel: dict[str, Any]) -> dict
         reports.append(trainer.step())
         assert all(report.taken for report in reports)
         after = weights(trainer)
-        changed = [(after[n].double() - before[n].double()) for n in after if not n.endswith("bias_E")]
+        changed = [(after[n].double() - before[n].double()) for n in after if "expert_bias" not in n]
         norm = math.sqrt(sum(float(c.square().sum()) for c in changed))
         metrics = [report.metrics for report in reports]
         runs[name] = Run(metrics, norm, after, whole_state(trainer), dict(trainer.state().scalars))

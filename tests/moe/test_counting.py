@@ -37,7 +37,25 @@ def test_multi_token_prediction_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "gains"),
+    ("moe", "experts"),
+    [
+        ({"num_identity_experts": 8}, 4 * 16 / 24),
+        ({"num_identity_experts": 8, "experts_per_token": 1.5}, 1.5),
+        ({"selection": {"kind": "threshold"}}, 4),
+    ],
+)
+def test_where_the_number_of_experts_varies_its_intended_mean_is_active(moe: dict[str, Any], experts: float) -> None:
+    count, plain = count_parameters(small_config(moe=moe)), count_parameters(small_config())
+    one = 2 * 3 * 32 * 24  # an expert in each of two layers
+    router = 2 * 32 * moe.get("num_identity_experts", 0)
+    assert count.total == plain.total + router
+    assert count.active == plain.active + router + round((experts - 4) * one)
+    flops = [training_flops_per_token(small_config(moe=change), 16) for change in (moe, {})]
+    assert flops[0] - flops[1] == 6 * (router + round((experts - 4) * one))
+
+
+@pytest.mark.parametrize(
+    ("changes", "further"),
     [
         ({"norm_placement": "sandwich"}, 3 * 2 * 32),
         ({"norm_placement": "reordered"}, 0),
@@ -46,15 +64,17 @@ def test_multi_token_prediction_is_not_counted() -> None:
         ({"attention": {"kind": "mha", "num_heads": 2, "head_dim": 14, "qk_norm": True}}, 3 * 2 * 14),
         ({"attention": {"scale_latents": True}}, 0),
         ({"activation": {"kind": "situ_glu"}}, 0),
+        # Six sub-layers read 4 + 4 + 16 numbers off 4 streams of 32, with a scale for each part, and the end reads 4.
+        ({"residual": {"kind": "mhc"}}, 6 * (24 * (4 * 32 + 1) + 3) + 4 * (4 * 32 + 1) + 1),
     ],
 )
-def test_gains_of_further_norms_are_counted_and_every_token_meets_them(changes: dict[str, Any], gains: int) -> None:
+def test_parameters_of_switches_are_counted_and_every_token_meets_them(changes: dict[str, Any], further: int) -> None:
     config = small_config(**changes)
     attention = changes.get("attention", {})
     without = small_config(attention={**attention, "qk_norm": False}) if "kind" in attention else small_config()
     count, before = count_parameters(config), count_parameters(without)
     assert count.total == sum(p.numel() for p in build_model(config).parameters())
-    assert (count.total - before.total, count.active - before.active) == (gains, gains)
+    assert (count.total - before.total, count.active - before.active) == (further, further)
 
 
 def test_experts_that_a_token_does_not_pass_are_idle() -> None:
@@ -101,6 +121,21 @@ def test_flops_of_parameters_are_those_of_the_matrix_products(
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.bmm"))
     gains = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # norms are counted like matrices
     assert products == (training_flops_per_token(config, 0) - 6 * gains) * sequences * length
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_flops_of_streams_are_those_of_their_products(depth: int) -> None:
+    """Torch counts what is read and mixed; writing to the streams is elementwise."""
+    config = small_config(moe={"num_experts": 0}, mtp={"depth": depth}, residual={"kind": "mhc", "streams": 3})
+    model, sequences, length = build_model(config), 4, 16
+    with FlopCounterMode(display=False) as counter:
+        output = model(Batch(random_ids(sequences, length + 1 + depth)))
+        sum(logits.sum() for logits in (output.logits, output.mtp_logits) if logits is not None).backward()
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.bmm"))
+    offsets = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    written = 2 * (3 + depth) * 3 * 32
+    # The embedding needs a gradient and is no parameter of a product, so the first sub-layer's is as any other's.
+    assert products == (training_flops_per_token(config, 0) - 6 * (offsets + written)) * sequences * length
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -82,10 +82,14 @@ class Run:
 
 
 def remote_pairs(routing: Routing, trainer: Trainer) -> int:
-    """Counted token by token from the expert ids alone."""
-    per_rank = trainer.config.model.moe.num_experts // trainer.config.parallel.expert_parallel
+    """Counted token by token from the expert ids alone; identity experts and missing choices are nowhere."""
+    experts = trainer.config.model.moe.num_experts
+    per_rank = experts // trainer.config.parallel.expert_parallel
     me = trainer.ranks.rank % trainer.config.parallel.expert_parallel
-    return sum(len({expert // per_rank for expert in token} - {me}) for token in routing.ids_TK.tolist())
+    return sum(
+        len({expert // per_rank for expert in token if 0 <= expert < experts} - {me})
+        for token in routing.ids_TK.tolist()
+    )
 
 
 def force_routing(trainer: Trainer) -> None:
@@ -102,7 +106,7 @@ def force_routing(trainer: Trainer) -> None:
 
     trainer.model.register_forward_pre_hook(remember)
     for layer, router in enumerate(trainer.routers):
-        router.select = lambda _, layer=layer: table[layer][current["ids"]]  # type: ignore[method-assign, misc]
+        router.select = lambda *_, layer=layer: table[layer][current["ids"]]  # type: ignore[method-assign]
 
 
 def train(rank: int, world: int, changes: list[dict[str, Any]], forced: bool) -> Run:

@@ -115,7 +115,7 @@ def test_transformers_computes_the_same_logits_and_gradients(
 def _bias_in_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     right: Callable[..., Routing] = Router.forward
 
-    def forward(self: Router, *args: torch.Tensor | None) -> Routing:
+    def forward(self: Router, *args: Any) -> Routing:
         routing = right(self, *args)
         gates = (routing.affinity_TE + self.expert_bias_E).gather(1, routing.ids_TK)
         return replace(routing, gates_TK=gates / gates.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor)
@@ -291,9 +291,19 @@ def test_dtypes_survive() -> None:
         ({"attention": {"qk_norm": True}}, r"model\.attention\.qk_norm=True \(only False\)"),
         ({"attention": {"scale_latents": True}}, r"model\.attention\.scale_latents=True \(only False\)"),
         ({"attention": {"kind": "mha", "qk_norm": True}}, r"kind=mha \(only mla\); model\.attention\.qk_norm=True"),
+        ({"residual": {"kind": "hyper"}}, r"model\.residual\.kind=hyper \(only plain\)"),
+        ({"residual": {"kind": "mhc"}}, r"model\.residual\.kind=mhc \(only plain\)"),
         ({"activation": {"kind": "swiglu_clamp"}}, r"model\.activation\.kind=swiglu_clamp \(only swiglu\)"),
         ({"activation": {"kind": "situ_glu"}}, r"model\.activation\.kind=situ_glu \(only swiglu\)"),
+        ({"moe": {"hash_layers": 1}}, r"model\.moe\.hash_layers=1 \(only 0\)"),
+        ({"moe": {"bias_domains": 2}}, r"model\.moe\.bias_domains=2 \(only 1\)"),
+        (
+            {"moe": {"num_groups": 4, "top_groups": 2, "group_score": "unbiased"}},
+            r"model\.moe\.group_score=unbiased \(only biased\)",
+        ),
         ({"moe": {"output_norm": True}}, r"model\.moe\.output_norm=True \(only False\)"),
+        ({"moe": {"num_identity_experts": 4}}, r"model\.moe\.num_identity_experts=4 \(only 0\)"),
+        ({"moe": {"selection": {"kind": "threshold"}}}, r"model\.moe\.selection\.kind=threshold \(only top_k\)"),
         ({"moe": {"num_experts": 1, "top_k": 1}}, r"model\.moe\.num_experts=1 "),
         ({"attention": {"kind": "mha"}, "moe": {"affinity": "softmax"}}, "kind=mha.*; .*affinity=softmax"),
     ],

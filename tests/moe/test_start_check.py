@@ -27,6 +27,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "small outputs, large embeddings": {"init": {"output_scale": "depth", "embedding_std": 1.0}},
     "tiny embeddings": {"init": {"embedding_std": 1e-4}},
     "clamped": {"activation": {"kind": "swiglu_clamp"}},
+    "constrained streams": {"residual": {"kind": "mhc"}},
+    "unconstrained streams, read much": {"residual": {"kind": "hyper", "alpha": 1.0}},
     "dense": {"moe": {"num_experts": 0}},
 }
 

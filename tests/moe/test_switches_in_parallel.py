@@ -1,6 +1,7 @@
 """Norms, activations and starting weights: any division of the ranks trains the same model with each switch."""
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,11 @@ BF16 = Tolerance(figures=2e-2, gradients=2e-1, weights=8e-3)
 # from itself by 1.2e-5 already, replicas without expert parallelism by 4.1e-5, two expert parallel ranks by 3.9e-5.
 CANCELLED = replace(FP32, gradients=1e-4)
 
+# The few numbers that scale what is read off the streams sum up gradients that mostly cancel: in fp32 one process in
+# micro-batches differs from itself by 2.2e-5, sharded ranks by 1.9e-5 (all else by 2e-6); in bf16 nothing is left of
+# some (2.7 and 1.3), while weights differ by 1.8e-3 at most.
+STREAMS = {"fp32": CANCELLED, "bf16": replace(BF16, gradients=math.inf)}
+
 MHA = {"kind": "mha", "num_heads": 2, "head_dim": 8}
 
 # Limits low enough that they act on a model this small.
@@ -40,6 +46,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "normed experts": {"moe": {"output_norm": True}},
     "clamped": {"activation": {"kind": "swiglu_clamp", "limit": 0.3}},
     "smoothly bounded": {"activation": {"kind": "situ_glu", "gate_bound": 0.5, "up_bound": 0.8}},
+    # With an alpha of 0.01 the streams stay nearly equal, and many gradients are what their small differences give.
+    # Without a constraint one process in micro-batches differs from itself by 8e-2 after four steps with an alpha of 1.
+    "unconstrained streams": {"residual": {"kind": "hyper", "alpha": 0.1}},
+    "constrained streams": {"residual": {"kind": "mhc", "alpha": 1.0}},
     "small outputs, large embeddings": {"init": {"output_scale": "depth", "embedding_std": 1.0}},
     "all at once": {
         "norm_placement": "sandwich",
@@ -107,6 +117,10 @@ def test_sharded_expert_parallel_ranks_train_what_one_process_trains_with_all_sw
     check("all at once", PARALLEL["ep2-sharded"], tolerance=CANCELLED)
 
 
+def test_sharded_expert_parallel_ranks_train_what_one_process_trains_with_constrained_streams() -> None:
+    check("constrained streams", PARALLEL["ep2-sharded"], tolerance=STREAMS["fp32"])
+
+
 def test_bf16_ranks_agree_to_its_rounding_with_a_clamp() -> None:
     check("clamped", PARALLEL["ep2"], "bf16", BF16)
 
@@ -118,12 +132,12 @@ def test_ranks_train_what_one_process_trains_with_all_switches(parallel: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in TOGETHER])
+@pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in (*TOGETHER, "constrained streams")])
 def test_sharded_expert_parallel_ranks_train_what_one_process_trains_with_each_switch(switch: str) -> None:
-    check(switch, PARALLEL["ep2-sharded"])
+    check(switch, PARALLEL["ep2-sharded"], tolerance=STREAMS["fp32"] if "streams" in switch else FP32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in (*TOGETHER, "clamped")])
 def test_bf16_ranks_agree_to_its_rounding_with_each_switch(switch: str) -> None:
-    check(switch, PARALLEL["ep2"], "bf16", BF16)
+    check(switch, PARALLEL["ep2"], "bf16", STREAMS["bf16"] if "streams" in switch else BF16)

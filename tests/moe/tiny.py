@@ -42,7 +42,7 @@ _BASE: dict[str, Any] = {
         "init": {"std": 0.06},
     },
     # A large eps keeps AdamW smooth: with 1e-8 the sign of a gradient of 1e-9 decides a whole step of a weight.
-    "optimizer": {"lr": 5e-3, "eps": 1e-3},
+    "optimizer": {"kind": "adamw", "lr": 5e-3, "eps": 1e-3},
     "schedule": {"kind": "simple", "steps": 20, "warmup_steps": 2},
     "stability": {
         "balance": {"kind": "sign", "bias_update_rate": 1e-2},
@@ -83,11 +83,16 @@ def global_batch(config: TrainerConfig, step: int, *, padded: bool = False) -> B
     assert vocabulary is not None
     uniform = torch.rand(sequences, length, generator=generator)
     ids_BL = (uniform**3 * vocabulary).long()
+    domains_BL = None
+    if (classes := config.model.moe.bias_domains) > 1:
+        # Pieces of 5 tokens, and low ids more often in class 0, so that classes need different biases.
+        pieces_BL = (torch.arange(length) // 5 + torch.arange(sequences).unsqueeze(1)) % classes
+        domains_BL = torch.where(ids_BL < vocabulary // 8, 0, pieces_BL)
     if not padded:
-        return Batch(ids_BL)
+        return Batch(ids_BL, domains_BL=domains_BL)
     real_B = torch.randint(2, length + 1, (sequences,), generator=generator)
     real_B[0] = 0
-    return Batch(ids_BL, torch.arange(length) < real_B.unsqueeze(1))
+    return Batch(ids_BL, torch.arange(length) < real_B.unsqueeze(1), domains_BL=domains_BL)
 
 
 def share_of(batch: Batch, config: TrainerConfig, rank: int) -> list[Batch]:
@@ -97,7 +102,8 @@ def share_of(batch: Batch, config: TrainerConfig, rank: int) -> list[Batch]:
     rows = slice(rank * share, (rank + 1) * share)
     ids = batch.ids_BL[rows].chunk(parts)
     real = [None] * parts if batch.real_BL is None else batch.real_BL[rows].chunk(parts)
-    return [Batch(i, r) for i, r in zip(ids, real, strict=True)]
+    domains = [None] * parts if batch.domains_BL is None else batch.domains_BL[rows].chunk(parts)
+    return [Batch(i, r, None, d) for i, r, d in zip(ids, real, domains, strict=True)]
 
 
 def batches_of(config: TrainerConfig, rank: int, padded_steps: Sequence[int] = ()) -> BatchSource:

@@ -89,7 +89,7 @@ def started(rank: int, world: int, folder: Path, *settings: str) -> Any:
     config = config_from(folder, f"parallel.workers={world}", *settings)
     trainer = Trainer(config, join(config.parallel), lambda step: [])
     load_weights(trainer.state(), config.model, folder)
-    moments = [*trainer.optimizer.exp_avg.values(), *trainer.optimizer.exp_avg_sq.values()]
+    moments = [tensor for by_name in trainer.optimizer.moments().values() for tensor in by_name.values()]
     return whole_weights(trainer), max(float(m.abs().max()) for m in moments if m.numel()), trainer.state().scalars
 
 

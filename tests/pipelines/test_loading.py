@@ -130,7 +130,10 @@ def test_the_plain_recipe_leaves_a_model_without_any_technique(model: str) -> No
         "router_z_loss": {"coefficient": 0.0},
         "lm_z_loss": {"coefficient": 0.0},
         "clip": {"kind": "none"},
+        "qk_clip": {"kind": "none"},
+        "anticipation": {"kind": "none"},
     }
+    assert config.precision.fp8.kind == "none"
     below = load_config([model])
     assert (config.schedule, config.data, config.parallel) == (below.schedule, below.data, below.parallel)
 
@@ -138,7 +141,9 @@ def test_the_plain_recipe_leaves_a_model_without_any_technique(model: str) -> No
 @pytest.mark.parametrize("model", SMALL_MODELS)
 def test_the_plain_recipe_takes_back_what_was_switched_on_below_it(model: str, tmp_path: Path) -> None:
     techniques = "model: {norm_placement: sandwich, moe: {output_norm: true}, init: {embedding_std: 1.0}}\n"
-    path = write(tmp_path, "mine.yaml", f"{techniques}optimizer: {{update_clip: rms}}\n")
+    techniques += "optimizer: {update_clip: rms}\nprecision: {fp8: {kind: deepseek_v3}}\n"
+    techniques += "stability: {qk_clip: {kind: max_logit}, anticipation: {kind: always}}\n"
+    path = write(tmp_path, "mine.yaml", techniques)
     plain = load_config([model, "recipes/plain"])
     assert load_config([model, path, "recipes/plain"]) == plain
     both = load_config([model, "recipes/recommended", "recipes/plain"])
@@ -157,6 +162,15 @@ def test_the_recommended_recipe_switches_its_techniques_on(model: str) -> None:
     assert config.stability.clip.model_dump() == {"kind": "global", "max_norm": 1.0}
     assert (config.optimizer.beta2, config.optimizer.eps, config.optimizer.weight_decay) == (0.95, 1e-16, 0.1)
     assert (config.optimizer.lr, config.schedule, config.data) == (below.optimizer.lr, below.schedule, below.data)
+
+
+def test_another_optimizer_keeps_the_rate_and_decay_of_the_one_it_replaces(tmp_path: Path) -> None:
+    muon = load_config(["tiny"], ["optimizer.kind=muon"]).optimizer
+    assert (muon.kind, muon.lr) == ("muon", load_config(["tiny"]).optimizer.lr)
+    path = write(tmp_path, "mine.yaml", "optimizer: {kind: muon, lr: 0.5}\n")
+    assert load_config(["tiny", path]).optimizer.lr == 0.5
+    slow = load_config([path], ["optimizer.kind=adamw", "optimizer.weight_decay=0.0"]).optimizer
+    assert (slow.kind, slow.lr, slow.weight_decay) == ("adamw", 0.5, 0.0)
 
 
 def test_a_recipe_that_a_models_stages_contradict_is_refused() -> None:

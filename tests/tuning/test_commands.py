@@ -50,7 +50,7 @@ def test_what_is_printed_loads_back_to_an_equal_study(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["balanc"], "unknown study 'balanc'; did you mean balance? Studies: balance, clip, instability, warmup"),
+        (["balanc"], "unknown study 'balanc'; did you mean balance? Studies: balance, clip,"),
         (["mine.yaml", "--set", "lr=1"], "mine.yaml: trial a-s0: lr: unknown key; did you mean optimizer.lr?"),
         (["mine.yaml", "--set", "seed=1"], "mine.yaml: --set: seed has no effect"),
         (["mine.yaml", "--findings", "."], "--findings .: is a folder; name a Markdown file in it"),

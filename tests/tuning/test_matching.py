@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuning.matching import matching_max_norm
+from tuning.matching import matched, matching_max_norm, matching_steps
 from tuning.series import Series
+from tuning.study_config import Arm
 
 
 def series(norms: list[float], clipped: list[float] | None) -> Series:
@@ -40,3 +41,29 @@ def test_which_steps_were_clipped_does_not_matter() -> None:
 def test_a_run_without_a_clip_has_no_rate_to_match() -> None:
     with pytest.raises(ValueError, match="has no clip"):
         matching_max_norm(series([1.0], None))
+
+
+def timed(steps: int, seconds: list[float]) -> Series:
+    train = {"train/loss": [1.0] * len(seconds), "train/step_seconds": seconds}
+    return Series("finished", steps, train, {})
+
+
+def test_the_steps_take_as_long_as_the_other_arm_whatever_single_steps_took() -> None:
+    slow, quick = timed(200, [9.0, 0.03, 0.03, 0.03]), timed(200, [0.02, 0.02, 5.0, 0.02])
+    assert matching_steps(slow, quick) == 300
+    assert matching_steps(quick, slow) == 133
+    assert matching_steps(timed(1, [0.1]), timed(1, [10.0])) == 1
+
+
+def test_steps_that_a_run_did_not_do_count_with_those_it_did() -> None:
+    """Its schedule is what is matched: an arm that diverged would have taken as long."""
+    assert matching_steps(timed(100, [0.2] * 3), timed(100, [0.1] * 100)) == 200
+
+
+def test_an_arm_takes_from_others_what_it_says() -> None:
+    series_of = {"a": timed(10, [0.4]), "b": timed(10, [0.1])}
+    longer = Arm.model_validate({"says": "x", "as_long_as": {"arm": "a", "paced_by": "b"}})
+    assert matched(longer, series_of) == {"schedule": {"steps": 40}}
+    assert matched(Arm(says="x"), {}) == {}
+    tight = matched(Arm(says="x", clip_rate_of="c"), {"c": series([1.0, 2.0, 3.0], [0.0, 0.0, 1.0])})
+    assert 2.0 <= tight["stability"]["clip"]["max_norm"] < 3.0

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from moe.config.trainer import TrainerConfig
 from pipelines.config import RunConfig
-from tuning.measure_names import MEASURES
+from tuning.measure_names import MEASURES, OF_CLIP, OF_EXPERTS, OF_TOKENS
 from tuning.measures import measure, warmup_steps
 from tuning.series import Series
 
@@ -43,6 +44,7 @@ def series(
     train = {
         "train/loss": loss,
         "train/grad_norm": others.get("grad_norm", [1.0] * done),
+        "train/step_seconds": [0.25] * done,
         "train/clipped": others.get("clipped", [0.0] * done),
         "moe/max_vio_batch": [0.5] * done if max_vio is None else max_vio,
     }
@@ -52,7 +54,7 @@ def series(
 
 def test_a_run_with_everything_has_every_measure() -> None:
     measures = measure(series(), config())
-    assert set(measures) == set(MEASURES)
+    assert set(measures) == set(MEASURES) - OF_TOKENS
     assert all(math.isfinite(value) for value in measures.values())
 
 
@@ -102,14 +104,27 @@ def test_a_validation_that_is_not_finite_has_diverged() -> None:
 
 def test_a_run_lost_before_its_first_validation_has_no_measures_of_it() -> None:
     measures = measure(series([5.5, math.nan], outcome="diverged", validation={}), config())
-    assert set(MEASURES) - set(measures) == {"max_vio_global", "dead_experts", "grad_spikes"}
+    assert set(MEASURES) - set(measures) == {"max_vio_global", "dead_experts", "grad_spikes", *OF_TOKENS}
     assert measures["loss_spikes"] == 100
 
 
 def test_a_dense_model_has_no_measures_of_experts_and_no_clip_no_rate() -> None:
-    train = {"train/loss": falling(), "train/grad_norm": [1.0] * STEPS}
+    train = {"train/loss": falling(), "train/grad_norm": [1.0] * STEPS, "train/step_seconds": [0.25] * STEPS}
     measures = measure(Series("finished", STEPS, train, {"val/loss": 2.0}), config())
-    assert set(measures) == {"val_loss", "train_loss", "diverged", "loss_spikes", "grad_spikes"}
+    assert set(MEASURES) - set(measures) == OF_EXPERTS | OF_CLIP
+
+
+def test_time_is_that_of_the_whole_schedule_at_the_median_step() -> None:
+    run = series(falling()[:80], outcome="diverged")
+    measures = measure(replace(run, train={**run.train, "train/step_seconds": [9.0] + [0.25] * 79}), config())
+    assert (measures["steps"], measures["step_ms"], measures["train_seconds"]) == (200, 250, 50)
+
+
+def test_real_experts_are_those_of_the_last_half_or_of_the_config() -> None:
+    assert measure(series(), config())["real_experts_mean"] == 2
+    run = series()
+    counted = replace(run, train={**run.train, "moe/real_experts_mean": [9.0] * 100 + [1.4, 1.6] * 50})
+    assert measure(counted, config())["real_experts_mean"] == pytest.approx(1.5)
 
 
 def test_load_balance_early_and_late() -> None:

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tuning.noise_floor import noise_floor
+from tuning.noise_floor import noise_floor, varying_noise_floor
 
 
 def simulated(experts: int, top_k: int, tokens: int, draws: int = 600) -> float:
@@ -51,3 +51,11 @@ def test_it_is_the_known_figure_for_the_usual_batch() -> None:
 def test_there_is_none_where_every_token_takes_every_expert() -> None:
     assert noise_floor(4, 4, 100) == 0
     assert noise_floor(1, 1, 100) == 0
+
+
+def test_where_the_number_of_experts_varies_it_is_what_independent_choices_have() -> None:
+    generator, total = np.random.default_rng(7), 0.0
+    for _ in range(600):
+        load = (generator.random((512, 16)) < 2.5 / 16).sum(axis=0)
+        total += load.max() * 16 / (512 * 2.5) - 1
+    assert varying_noise_floor(16, 2.5, 512) == pytest.approx(total / 600, rel=0.05)

@@ -22,6 +22,7 @@ def left_by(config: RunConfig) -> Series:
     steps = config.steps
     experts, clips = config.model.moe.num_experts > 0, config.stability.clip.kind != "none"
     train = {"train/loss": [5.0 - step / steps for step in range(steps)], "train/grad_norm": [1.0] * steps}
+    train["train/step_seconds"] = [0.1] * steps
     train |= {"moe/max_vio_batch": [0.5] * steps} if experts else {}
     train |= {"train/clipped": [0.0] * steps} if clips else {}
     validation = {"val/loss": 4.0} | ({"moe/max_vio_global": 0.5, "moe/dead_experts": 0.0} if experts else {})

@@ -101,8 +101,15 @@ def test_another_kind_takes_nothing_over() -> None:
 
 def test_a_tuned_arm_clips_the_global_norm_at_the_limit_that_was_found() -> None:
     tuned = {"arms.b": {"says": "b", "clip_rate_of": "a"}, "config": {"stability": {"clip": {"kind": "zclip"}}}}
-    assert config_of(tuned, "b", max_norm=0.25).stability.clip == GlobalClipConfig(max_norm=0.25)
+    found = {"stability": {"clip": {"max_norm": 0.25}}}
+    assert config_of(tuned, "b", matched=found).stability.clip == GlobalClipConfig(max_norm=0.25)
     assert config_of(tuned, "a").stability.clip == ZClipConfig()
+
+
+def test_an_arm_that_lasts_as_long_as_another_takes_the_steps_that_were_found() -> None:
+    tuned = {"arms.b": {"says": "b", "as_long_as": {"arm": "a", "paced_by": "a"}}}
+    assert config_of(tuned, "b", matched={"schedule": {"steps": 321}}).steps == 321
+    assert config_of(tuned, "b").steps == config_of(tuned, "a").steps != 321
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -153,6 +160,10 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({"arms.a.base": ["recipes/plan"]}, [], "arms.a.base: unknown preset 'recipes/plan'; did you mean recipes/plain?"),
     ({"arms.b.clip_rate_of": "c"}, [], "arms.b.clip_rate_of: should be an arm that is not tuned itself, not 'c'"),
     ({"arms.b.clip_rate_of": "b"}, [], "arms.b.clip_rate_of: should be an arm that is not tuned itself, not 'b'"),
+    ({"arms.b.as_long_as": {"arm": "a", "paced_by": "c"}}, [],
+     "arms.b.as_long_as: should be an arm that is not tuned itself, not 'c'"),
+    ({"arms.b": {"says": "b", "clip_rate_of": "a", "as_long_as": {"arm": "a", "paced_by": "a"}}}, [],
+     "arms.b: as_long_as: does not go with clip_rate_of; leave one of them out"),
     # keys of the runs' config
     ({"config": {"lr": 1}}, [], "trial a-s0: lr: unknown key; did you mean optimizer.lr? (set by config)"),
     ({"arms.b.config": {"optimizer": {"lrr": 1}}}, [],
@@ -183,7 +194,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
      f"{CONDITION}.right.mesure: unknown key; did you mean {CONDITION}.right.measure?"),
     ({f"{CONDITION}.right": "b"}, [], f"{CONDITION}.right: should be a quantity (a mapping with arm and measure) or a"),
     ({f"{CONDITION}.right": True}, [], f"{CONDITION}.right: should be a quantity (a mapping with arm and measure) or"),
-    ({f"{CONDITION}.relation": "less"}, [], f"{CONDITION}.relation: should be 'below', 'at_most' or 'within'"),
+    ({f"{CONDITION}.relation": "less"}, [], f"{CONDITION}.relation: should be 'below', 'above', 'at_most' or 'within'"),
     ({f"{CONDITION}.relation": "within"}, [], f"{CONDITION}: tolerance goes with relation: within"),
     ({f"{CONDITION}.tolerance": 0.1}, [], f"{CONDITION}: tolerance goes with relation: within"),
     ({f"{CONDITION}.factor": 0}, [], f"{CONDITION}.factor: should be greater than 0, got 0"),
@@ -230,6 +241,8 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({**ON_GRID, "arms.b.config": {"optimizer": {"lr": 1}}}, [], "arms.b.config: optimizer.lr has no effect, for the"),
     ({"arms.a.config": {"optimizer": {"weight_decay": 0}}}, ["optimizer.weight_decay=0.3"],
      "--set: optimizer.weight_decay has no effect, for every arm sets it"),
+    ({"arms.b": {"says": "b", "as_long_as": {"arm": "a", "paced_by": "a"}, "config": {"schedule": {"steps": 50}}}}, [],
+     "arms.b.config: schedule.steps has no effect, for as_long_as sets it"),
     ({"arms.b": {"says": "b", "clip_rate_of": "a", "config": NO_CLIP}}, [],
      "arms.b.config: stability.clip has no effect, for clip_rate_of sets it"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from tuning.results import TrialKey
 from tuning.study_run import TrialRecord, add_trial, find_study, read_trials
 
 FIRST = TrialRecord(TrialKey(0, "a"), "/runs/x", "finished", 1.5)
-SECOND = TrialRecord(TrialKey(3, "as-b", 1e-05), "/runs/ü", "diverged", 2.0, max_norm=0.25)
+SECOND = TrialRecord(TrialKey(3, "as-b", 1e-05), "/runs/ü", "diverged", 2.0, {"schedule": {"steps": 9}})
 
 
 def write_study(name: str, minute: int) -> RunFolder:

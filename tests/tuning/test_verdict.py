@@ -63,6 +63,10 @@ def only(config: StudyConfig, found: Results) -> ClaimVerdict:
         ("below", 0.0, "cannot tell"),
         ("below", REACH - 1e-4, "cannot tell"),
         ("below", REACH + 1e-4, "does not hold"),
+        ("above", REACH + 1e-4, "holds"),
+        ("above", REACH - 1e-4, "cannot tell"),
+        ("above", -REACH + 1e-4, "cannot tell"),
+        ("above", -REACH - 1e-4, "does not hold"),
         ("at_most", -REACH - 1e-4, "holds"),
         ("at_most", -REACH + 1e-4, "cannot tell"),
         ("at_most", REACH - 1e-4, "cannot tell"),
@@ -84,16 +88,17 @@ def test_a_difference_counts_beyond_the_noise_of_the_seeds(relation: str, mean: 
 
 
 @pytest.mark.parametrize(
-    ("mean", "below", "at_most"),
+    ("mean", "below", "above", "at_most"),
     [
-        (-0.1, "holds", "holds"),
-        (0.0, "does not hold", "holds"),
-        (0.1, "does not hold", "does not hold"),
+        (-0.1, "holds", "does not hold", "holds"),
+        (0.0, "does not hold", "does not hold", "holds"),
+        (0.1, "does not hold", "holds", "does not hold"),
     ],
 )
-def test_without_any_spread_the_sign_decides(mean: float, below: str, at_most: str) -> None:
+def test_without_any_spread_the_sign_decides(mean: float, below: str, above: str, at_most: str) -> None:
     found = results([mean] * 3, [0.0] * 3)
     assert only(study(condition("below")), found).verdict == below
+    assert only(study(condition("above")), found).verdict == above
     assert only(study(condition("at_most")), found).verdict == at_most
 
 

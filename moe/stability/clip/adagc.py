@@ -7,7 +7,7 @@ import torch
 
 from moe.config.clip import AdaGcClipConfig
 from moe.config.model import ModelConfig
-from moe.optim import AdamW
+from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.schedule import Moment
@@ -38,7 +38,7 @@ class AdaGcClip(Technique):
         self.average_U = torch.zeros(len(self.units), dtype=torch.float64, device=parameters.ranks.device)
 
     def on_gradients(
-        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: Optimizer, moment: Moment
     ) -> dict[str, float]:
         """Clip in place. ``clip_factor`` is the global norm after over that before."""
         gradients = [p.gradient for p in parameters.all]

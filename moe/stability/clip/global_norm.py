@@ -2,7 +2,7 @@
 
 from moe.config.clip import GlobalClipConfig
 from moe.config.model import ModelConfig
-from moe.optim import AdamW
+from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.schedule import Moment, staged
@@ -16,7 +16,7 @@ class GlobalClip(Technique):
         self.max_norm = config.max_norm
 
     def on_gradients(
-        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: Optimizer, moment: Moment
     ) -> dict[str, float]:
         """Clip in place."""
         factor = factor_to(staged(moment.clip_max_norm, self.max_norm), norms.total)

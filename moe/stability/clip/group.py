@@ -4,7 +4,7 @@ import math
 
 from moe.config.clip import GroupClipConfig
 from moe.config.model import ModelConfig
-from moe.optim import AdamW
+from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.schedule import Moment, staged
@@ -19,7 +19,7 @@ class GroupClip(Technique):
         self.config = config
 
     def on_gradients(
-        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: Optimizer, moment: Moment
     ) -> dict[str, float]:
         """Clip in place. ``clip_factor`` is the global norm after over that before."""
         square = 0.0

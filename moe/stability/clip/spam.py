@@ -7,7 +7,7 @@ import torch
 
 from moe.config.clip import SpamClipConfig
 from moe.config.model import ModelConfig
-from moe.optim import AdamW
+from moe.optim import AdamW, Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.schedule import Moment
@@ -36,7 +36,7 @@ class SpamClip(Technique):
         self.units = Units(parameters.all, parameters.ranks)
 
     def on_gradients(
-        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: Optimizer, moment: Moment
     ) -> dict[str, float]:
         """Reset if it is time, then clip in place; ``clipped_fraction`` is the share of elements that were clipped."""
         self.updates += 1
@@ -45,6 +45,8 @@ class SpamClip(Technique):
             optimizer.reset()
         if since_reset < self.config.settle_steps:
             return {"clipped_fraction": 0.0, "clipped": 0.0}
+        if not isinstance(optimizer, AdamW):
+            raise TypeError("SPAM needs a second moment of every parameter, which AdamW alone has")
         clipped = self.units.sums(self._clip(parameters, optimizer)).sum()
         fraction = float(clipped / self.units.sizes_U.sum())
         return {"clipped_fraction": fraction, "clipped": float(fraction > 0)}

@@ -9,7 +9,7 @@ import torch
 
 from moe.config.clip import StableSpamClipConfig
 from moe.config.model import ModelConfig
-from moe.optim import AdamW
+from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.schedule import Moment
@@ -47,7 +47,7 @@ class StableSpamClip(Technique):
         self.seen_U = zeros_U.long()
 
     def on_gradients(
-        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: Optimizer, moment: Moment
     ) -> dict[str, float]:
         """Clip and normalise in place; ``clipped_fraction`` is the share of elements that the first rule changed."""
         self.updates += 1

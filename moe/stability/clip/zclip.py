@@ -6,7 +6,7 @@ import torch
 
 from moe.config.clip import ZClipConfig
 from moe.config.model import ModelConfig
-from moe.optim import AdamW
+from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.schedule import Moment
@@ -31,7 +31,7 @@ class ZClip(Technique):
         self.norms_seen = torch.zeros((), dtype=torch.int64)
 
     def on_gradients(
-        self, parameters: ParameterSet, norms: GradientNorms, optimizer: AdamW, moment: Moment
+        self, parameters: ParameterSet, norms: GradientNorms, optimizer: Optimizer, moment: Moment
     ) -> dict[str, float]:
         """Clip in place."""
         limit = self._take_in(norms.total)

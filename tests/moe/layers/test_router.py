@@ -39,7 +39,8 @@ def plain_route(affinities: list[float], biases: list[float], c: MoeConfig) -> d
     biased = [a + b for a, b in zip(affinities, biases, strict=True)]
     size = c.num_experts // c.num_groups
     groups = [list(range(g * size, (g + 1) * size)) for g in range(c.num_groups)]
-    groups.sort(key=lambda members: -sum(sorted((biased[e] for e in members), reverse=True)[:2]))
+    scores = biased if c.group_score == "biased" else affinities
+    groups.sort(key=lambda members: -sum(sorted((scores[e] for e in members), reverse=True)[:2]))
     allowed = [expert for members in groups[: c.top_groups] for expert in members]
     chosen = sorted(allowed, key=lambda expert: -biased[expert])[: c.top_k]
     total = sum(affinities[e] for e in chosen) if c.normalize_gates else 1.0
@@ -52,6 +53,7 @@ def plain_route(affinities: list[float], biases: list[float], c: MoeConfig) -> d
     [
         {},
         GROUPS,
+        {"group_score": "unbiased", **GROUPS},
         {"num_groups": 8, "top_groups": 3},
         {"num_groups": 16, "top_groups": 16},
         {"affinity": "softmax"},

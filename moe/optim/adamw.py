@@ -1,38 +1,37 @@
 """AdamW (arXiv 1711.05101) whose state is held by parameter name.
 
 The arithmetic is torch's own functional AdamW, fused where the device has it, and a plain loop for what that kernel has
-not: moments in bf16 (it wants weights, gradients and moments in one dtype) and a learning rate per tensor. The state
-lives in plain dictionaries, not in ``torch.optim.Optimizer``: it is then saved, resharded and rewound like any other
-named tensor, and the first step does not pay the import of torch's compiler (about a second).
+not: moments in bf16 (it wants weights, gradients and moments in one dtype) and a learning rate per tensor. Without
+``torch.optim.Optimizer`` the first step does not pay the import of torch's compiler (about a second).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.optim.adamw import adamw
 
-from moe.config.optimizer import AdamwConfig
+from moe.config.optimizer import AdamwOptions
+from moe.optim.optimizer import Optimizer
 from moe.parameters import Parameter
 from moe.units import Units
 
-_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class AdamW:
+class AdamW(Optimizer):
     """AdamW over the local tensors of ``parameters``."""
 
-    def __init__(self, parameters: Sequence[Parameter], config: AdamwConfig, units: Units | None = None) -> None:
+    def __init__(self, parameters: Sequence[Parameter], config: AdamwOptions, units: Units | None = None) -> None:
         """``units`` are those of ``parameters``; only update clipping needs them."""
         if config.update_clip == "rms" and units is None:
             raise ValueError("update_clip=rms needs units, to see whole tensors")
         self.config = config
         self.parameters = parameters
         self.units = units
-        self.taken = 0
-        """Updates made since the moments were 0; corrects their start there."""
+        self.taken = 0  # corrects the moments for their start at 0
         # One counter per tensor, as the fused kernel wants them; it advances them itself.
         self._counters = {p.name: torch.zeros((), device=p.local.device) for p in parameters}
-        dtype = _MOMENTS[config.moments]
+        dtype = MOMENT_DTYPES[config.moments]
         self.exp_avg = {p.name: torch.zeros_like(p.local, dtype=dtype) for p in parameters}
         self.exp_avg_sq = {p.name: torch.zeros_like(p.local, dtype=dtype) for p in parameters}
 
@@ -115,15 +114,12 @@ class AdamW:
         )
         return (units.sums(ratios) / units.sizes_U).sqrt()
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Forget both moments and begin their correction anew, as before the first update."""
-        for moments in (self.exp_avg, self.exp_avg_sq):
-            torch._foreach_zero_(list(moments.values()))
-        self.restore(0)
+    def moments(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """``exp_avg`` of gradients and ``exp_avg_sq`` of their squares."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def restore(self, taken: int) -> None:
         """Continue ``taken`` updates after moments of 0 (the moments are filled in place by whoever restores them)."""
-        self.taken = taken
+        super().restore(taken)
         for counter in self._counters.values():
             counter.fill_(taken)
