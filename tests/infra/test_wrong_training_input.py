@@ -90,7 +90,7 @@ CONFIG: list[tuple[str, str]] = [
         r"stability\.balance\.bias_update_rate: belongs to kind",
     ),
     ("stability.clip.kind=gobal", r"stability\.clip\.kind: 'gobal' is no kind of clip; did you mean global\?"),
-    ("optimizer.kind=adam", r"optimizer\.kind: should be 'adamw'"),
+    ("optimizer.kind=adam", r"optimizer\.kind: 'adam' is no kind of optimizer; did you mean adamw\?"),
     ("precision.compute=fp16", r"precision\.compute: should be 'fp32' or 'bf16', got the text 'fp16'"),
     ("precision.fp8.kind=v3", r"precision\.fp8\.kind: 'v3' is no kind of fp8"),
     ("precision.fp8={kind: deepseek_v3, kernel: native}", r"precision\.fp8\.kernel: unknown key"),

@@ -207,6 +207,7 @@ def test_ranks_train_what_one_process_trains(parallel: dict[str, Any], micro: in
         assert_dispatch_takes_a_byte_a_value(runs, "fp32")
 
 
+@pytest.mark.slow
 def test_bf16_ranks_agree_to_its_rounding() -> None:
     runs = run_distributed(train, 2, changes_for(2, {"expert_parallel": 2}, 2, "bf16"), True)
     assert_same_training([without_shares(run) for run in runs], without_shares(reference("bf16")), BF16)

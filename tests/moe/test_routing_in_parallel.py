@@ -64,7 +64,7 @@ def gradient_changes(world: int, parallel: dict[str, Any], compute: str, micro: 
     return [MTP, *TOGETHER, {"parallel": {"workers": world, **parallel}}, run, loss]
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_gradient_is_that_of_one_process(compute: str) -> None:
     """In bf16 the choice is forced where there is one; hash layers choose alike by themselves."""
     forced, micro = compute == "bf16", 2 if compute == "bf16" else 1

@@ -20,7 +20,8 @@ def test_the_flat_keys_are_the_settings_that_make_the_same_config() -> None:
     config = load_config(["micro"], ["optimizer.lr=1e-5", "seed=7", faults])
     assert len(config.faults) == 2
     # A list is its JSON text already.
-    settings = [f"{key}={value if key == 'faults' else json.dumps(value)}" for key, value in flatten(config).items()]
+    lists = ("faults", "data.domains")
+    settings = [f"{key}={value if key in lists else json.dumps(value)}" for key, value in flatten(config).items()]
     assert load_config([], settings) == config
 
 

@@ -54,7 +54,13 @@ def losses(rank: int, world: int, home: str, settings: tuple[str, ...]) -> list[
     return [trainer.step().metrics["train/loss"] for _ in range(12)]
 
 
-@pytest.mark.parametrize("name", AFTER_A_REPORT)
+# The two that switch most on; the others with the slow tests.
+QUICK = ("deepseek-v4", "longcat-like")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name not in QUICK else ()) for name in AFTER_A_REPORT]
+)
 def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path))
     found: list[Any] = losses(0, 1, str(tmp_path), (f"recipes/{name}",))

@@ -61,7 +61,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "division", ["replicas", "ep2-sharded", pytest.param("ep2", marks=SLOW), pytest.param("sharded", marks=SLOW)]
+    "division", ["ep2-sharded", *(pytest.param(name, marks=SLOW) for name in ("replicas", "ep2", "sharded"))]
 )
 def test_ranks_train_what_one_process_trains(alone: dict[str, Run], division: str) -> None:
     """The queue among it: ids of every token, in the order of the global batch."""
@@ -124,7 +124,14 @@ def take_up(rank: int, world: int, changes: list[Any], parallel: dict[str, Any],
     return whole_state(trainer), [trainer.step().metrics for _ in range(3)], weights(trainer)
 
 
-@pytest.mark.parametrize(("changes", "after"), [([ALWAYS], 1), ([TRIGGERED], 3), ([ALWAYS, STAGES], 2)])
+@pytest.mark.parametrize(
+    ("changes", "after"),
+    [
+        pytest.param([ALWAYS], 1, marks=SLOW),
+        pytest.param([TRIGGERED], 3, marks=SLOW),
+        ([ALWAYS, STAGES], 2),
+    ],
+)
 @pytest.mark.parametrize(
     ("before", "later"),
     [

@@ -115,7 +115,7 @@ def runs_of(world: int, layout: str | None) -> list[dict[str, Any]]:
     return run_distributed(train, world, LAYOUTS[layout] if layout else {}, timeout_s=240)
 
 
-@pytest.mark.parametrize("layout", ["replicas", "ep2", sharded])
+@pytest.mark.parametrize("layout", [pytest.param("replicas", marks=pytest.mark.slow), "ep2", sharded])
 @pytest.mark.parametrize("name", CHANGES)
 def test_ranks_train_what_one_process_trains(name: str, layout: str) -> None:
     [expected], got = runs_of(1, None), runs_of(2, layout)
