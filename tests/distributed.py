@@ -1,9 +1,9 @@
 """Runs a function on several ranks of a gloo process group on this machine.
 
 Every call has fresh processes, so nothing leaks from one test into the next. They are forked from a server that has
-imported torch already: a call with two ranks costs about 0.1 s and the imports of its test module, where starting two
-interpreters that import torch costs 4 s on two cores. (Forking pytest's own process would copy locks that its threads
-hold.)
+imported torch and the model already: a call with two ranks costs about 0.1 s and the imports of its test module, where
+starting two interpreters that import torch costs 4 s on two cores. (Forking pytest's own process would copy locks that
+its threads hold.)
 """
 
 import multiprocessing
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-# torch._dynamo because the first DTensor imports it, in 1.5 s.
-_PRELOAD = ["pytest", "pydantic.main", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+# torch._dynamo because the first DTensor imports it, in 1.5 s; moe.trainer takes 0.3 s, mostly pydantic's classes.
+_PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "moe.trainer"]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOAD)
 
