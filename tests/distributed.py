@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-# torch._dynamo because the first DTensor imports it, in 1.5 s; moe.trainer takes 0.3 s, mostly pydantic's classes.
+# torch._dynamo because the first DTensor imports it, in 1.5 s; moe.trainer takes 0.3 s.
 _PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "moe.trainer"]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOAD)

@@ -15,6 +15,7 @@ batch, Q batches that are held, C tokens in a part.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -67,7 +68,7 @@ class _Queue:
         return DTensor.from_local(bytes_, self.ranks.mesh, (Shard(0), Shard(0)), run_check=False)
 
 
-class Anticipation(Technique):
+class Anticipation(Technique, ABC):
     """Anticipatory routing; a subclass says in which steps.
 
     A step that is refused (not finite) changes nothing here: the batch of the next step was chosen for as planned, and
@@ -88,9 +89,9 @@ class Anticipation(Technique):
         """Make the queue. One batch more than the lag, since a step's own ids are read after the next are written."""
         self._queue = _Queue(self.lag + 1, self.model, timeline, self.ranks)
 
+    @abstractmethod
     def is_on(self, moment: Moment) -> bool:
         """Whether the step at ``moment`` is one of the mode."""
-        raise NotImplementedError
 
     def before_forward(self, choose: Choose, moment: Moment) -> list[torch.Tensor] | None:
         """Choose for the batch ``lag`` steps ahead, and give what was chosen for this one."""

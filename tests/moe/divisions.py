@@ -27,6 +27,11 @@ DIVISIONS: dict[str, dict[str, Any]] = {
 }
 """What two ranks hold."""
 
+by_division = pytest.mark.parametrize(
+    "division", [pytest.param(name, marks=pytest.mark.slow if name != "ep2-sharded" else ()) for name in DIVISIONS]
+)
+"""A test of every division: by default of the one that divides most, the others with the slow tests."""
+
 
 @dataclass
 class Run:

@@ -13,7 +13,17 @@ from moe.config.clip import NoClipConfig
 from moe.config.optimizer import AdamwConfig
 from moe.optim import AdamW
 from tests.distributed import run_distributed
-from tests.moe.divisions import DIVISIONS, Cases, Run, Tolerance, assert_same_training, reference, resumed, runs_of
+from tests.moe.divisions import (
+    DIVISIONS,
+    Cases,
+    Run,
+    Tolerance,
+    assert_same_training,
+    by_division,
+    reference,
+    resumed,
+    runs_of,
+)
 from tests.moe.tiny import tiny_config
 from tests.moe.toy import Tensors, Toy, assert_close, by_unit, drawn
 
@@ -230,9 +240,7 @@ def test_the_cases_exercise_what_is_compared() -> None:
         assert moments == {torch.bfloat16 if "bf16" in name else torch.float32}
 
 
-@pytest.mark.parametrize(
-    "division", [pytest.param(name, marks=pytest.mark.slow if name != "ep2-sharded" else ()) for name in DIVISIONS]
-)
+@by_division
 def test_two_ranks_update_as_one_process_does(division: str) -> None:
     assert_same_training(runs_of(CASES, division), one_process(), TOLERANCES)
 

@@ -5,7 +5,10 @@ import pytest
 
 from pipelines import tracking
 from pipelines.home import HOME_VARIABLE
+from pipelines.prepare import prepare
+from pipelines.shards import Shards
 from pipelines.tracking_store import URI_VARIABLE, TrackingStore, local_database, open_store
+from tests.pipelines.plain_corpus import PlainCorpus, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +38,17 @@ def store(home: Path, empty_database: Path) -> TrackingStore:
     """The local tracking database under ``home``."""
     shutil.copy(empty_database, home / "mlflow.db")
     return open_store(local_database())
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> PlainCorpus:
+    """Texts of known tokens."""
+    return write_corpus(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def shards(plain: PlainCorpus, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """The same, prepared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEADYMOE_HOME", str(tmp_path_factory.mktemp("home")))
+        return prepare(plain.config(), shard_bytes=1000)

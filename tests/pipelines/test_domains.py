@@ -9,25 +9,12 @@ from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
 from pipelines.domains import DocumentClasses
 from pipelines.loading import load_config
-from pipelines.prepare import prepare
 from pipelines.shards import Shards
-from tests.pipelines.plain_corpus import PlainCorpus, write_corpus
+from tests.pipelines.plain_corpus import PlainCorpus
 
 S = 32
 # Neighbours in the stream differ often.
 DOMAINS = [["*[02468].txt", "b/*1.txt"], ["b/*"]]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> PlainCorpus:
-    return write_corpus(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def shards(plain: PlainCorpus, tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(tmp_path_factory.mktemp("home")))
-        return prepare(plain.config(), shard_bytes=1000)
 
 
 def config_of(world: int = 1, **changes: Any) -> RunConfig:

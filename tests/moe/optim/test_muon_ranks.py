@@ -12,6 +12,7 @@ from tests.moe.divisions import (
     Run,
     Tolerance,
     assert_same_training,
+    by_division,
     reference,
     refused,
     resumed,
@@ -41,9 +42,7 @@ def one_process() -> dict[str, Run]:
     return reference(CASES)
 
 
-@pytest.mark.parametrize(
-    "division", [pytest.param(name, marks=pytest.mark.slow if name != "ep2-sharded" else ()) for name in DIVISIONS]
-)
+@by_division
 def test_two_ranks_update_as_one_process_does(division: str) -> None:
     assert_same_training(runs_of(CASES, division), one_process(), TOLERANCES)
 

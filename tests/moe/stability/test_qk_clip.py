@@ -14,7 +14,17 @@ from moe.monitors import measure
 from moe.stability.qk_clip import QkClip
 from moe.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.moe.divisions import DIVISIONS, Cases, Run, assert_same_training, reference, refused, resumed, runs_of
+from tests.moe.divisions import (
+    DIVISIONS,
+    Cases,
+    Run,
+    assert_same_training,
+    by_division,
+    reference,
+    refused,
+    resumed,
+    runs_of,
+)
 from tests.moe.tiny import MTP, PADDED, assert_bit_identical, same_bits, tiny_config, tiny_trainer, trained, weights
 
 MHA = {"kind": "mha", "num_heads": 3, "head_dim": 8}
@@ -205,9 +215,7 @@ def test_the_cases_clip_some_heads_and_not_all() -> None:
         assert any(0 < count < heads for count in clipped), (name, clipped)
 
 
-@pytest.mark.parametrize(
-    "division", [pytest.param(name, marks=pytest.mark.slow if name != "ep2-sharded" else ()) for name in DIVISIONS]
-)
+@by_division
 def test_two_ranks_clip_as_one_process_does(division: str) -> None:
     assert_same_training(runs_of(CASES, division), one_process(), {})
 

@@ -10,7 +10,17 @@ from moe.stability.clip import CLIP
 from moe.trainer import Trainer
 from moe.units import Units
 from tests.distributed import run_distributed
-from tests.moe.divisions import DIVISIONS, Cases, Run, assert_same_training, reference, refused, resumed, runs_of
+from tests.moe.divisions import (
+    DIVISIONS,
+    Cases,
+    Run,
+    assert_same_training,
+    by_division,
+    reference,
+    refused,
+    resumed,
+    runs_of,
+)
 from tests.moe.tiny import saved, tiny_config, tiny_trainer
 
 # Each made to act within five steps.
@@ -53,9 +63,7 @@ def test_every_kind_is_compared_and_acts() -> None:
     assert len({run.metrics[0]["train/grad_norm"] for run in runs.values()}) == 1
 
 
-@pytest.mark.parametrize(
-    "division", [pytest.param(name, marks=pytest.mark.slow if name != "ep2-sharded" else ()) for name in DIVISIONS]
-)
+@by_division
 def test_two_ranks_clip_as_one_process_does(division: str) -> None:
     assert_same_training(runs_of(CASES, division), one_process(), {})
 
