@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipelines.home import runs_dir
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, study_folders
 from pipelines.run_lock import is_written_to
 from tests.pipelines.driver import Driver, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import Server, wait_until
@@ -186,24 +186,25 @@ def test_a_study_that_is_interrupted_and_killed_ends_as_an_undisturbed_one(home:
 
 @pytest.mark.slow
 def test_a_study_whose_tracking_server_dies_has_all_its_results(home: Path, whole: RunFolder) -> None:
+    name = f"tiny-{len(list(study_folders())) + 1}"
     server = Server(home / "server.db", home / "server.log")
     server.start()
     try:
         uri = ("--set", f"tracking.uri={server.uri}")
         with Driver(home, "study", str(home / "tiny.yaml"), *SETTINGS, *uri) as driver:
-            wait_until(lambda: exists("tiny-3"))
-            study = find_study("tiny-3")
+            wait_until(lambda: exists(name))
+            study = find_study(name)
             wait_until(lambda: len(at_work(study)) > 0)
             server.kill()
             assert driver.wait() == 0, driver.output()
         output = driver.output()
         assert "MLflow could not be told of" in output
-        assert "of run tiny-3 could not be delivered" in output
-        assert "steadymoe deliver tiny-3" in output
+        assert f"of run {name} could not be delivered" in output
+        assert f"steadymoe deliver {name}" in output
         assert series_of(study) == series_of(whole)
         assert results_of(study) == results_of(whole)
         server.start()
-        run_steadymoe(home, "deliver", "tiny-3")
+        run_steadymoe(home, "deliver", name)
         client = MlflowClient(server.uri)
         assert client.get_run(study.info.id).info.status == "FINISHED"
         assert len(client.list_artifacts(study.info.id, "figures")) == 3
