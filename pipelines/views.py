@@ -145,6 +145,43 @@ HEALTH = View(
     search="tags.role = 'train'",
 )
 
+TECHNIQUES = View(
+    key="techniques",
+    name="Techniques",
+    sections=(
+        Section(
+            "1 Compute by token",
+            (
+                LineChart("moe/real_experts_mean"),
+                LineChart("moe/real_experts_std"),
+                LineChart("moe/real_experts_none"),
+                LineChart("moe/max_vio_batch"),
+            ),
+        ),
+        Section("2 Anticipatory routing", (LineChart("moe/stale_share"), LineChart("moe/anticipation_lag"))),
+        Section(
+            "3 FP8",
+            (
+                LineChart("fp8/underflow_share_activations"),
+                LineChart("fp8/saturated_share_activations"),
+                LineChart("fp8/underflow_share_weights"),
+                LineChart("fp8/saturated_share_weights"),
+                LineChart("fp8/underflow_share_gradients"),
+                LineChart("fp8/saturated_share_gradients"),
+            ),
+        ),
+        Section("4 Between nodes", (LineChart("moe/nodes_per_token"), LineChart("train/ep_bytes_per_token"))),
+        Section("5 QK-Clip", (LineChart("attention/logit_max", "log"), LineChart("train/qk_clipped_heads"))),
+        Section(
+            "6 Residual streams",
+            (LineChart("activation/residual_gain_max", "log"), LineChart("activation/residual_gain_min", "log")),
+        ),
+        Section("7 What it costs", (LineChart("train/loss", "log"), LineChart("train/tokens_per_second"))),
+    ),
+    columns=_COLUMNS,
+    search="tags.role = 'train'",
+)
+
 STUDIES = View(
     key="studies",
     name="Studies",
@@ -176,7 +213,7 @@ STUDIES = View(
     group_tag="arm_of_study",
 )
 
-VIEWS = (TRAINING, ROUTING, HEALTH, STUDIES)
+VIEWS = (TRAINING, ROUTING, HEALTH, TECHNIQUES, STUDIES)
 
 # Ten that are easy to tell apart (matplotlib's tab10), as many as runs are on the charts at first. The UI's own choice
 # gave two runs of five the same blue.

@@ -40,9 +40,9 @@ class Effort:
 
     minutes: float
     steps: int
-    """Optimizer steps of a trial."""
+    """Optimizer steps of a trial whose arm has no duration of its own (``as_long_as``)."""
     tokens: int
-    """Training tokens of a trial."""
+    """Training tokens of such a trial."""
     hardware: str
     """In words."""
 
@@ -121,9 +121,11 @@ def _what_was_run(config: StudyConfig, results: Results, effort: Effort) -> str:
     if config.grid:
         factors.append(f"{points} values of the grid")
         lines.append(f"- Grid: `{config.grid.key}` at {', '.join(f'{value:g}' for value in config.grid.values)}")
+    timed = ((name, arm.as_long_as.arm) for name, arm in config.arms.items() if arm.as_long_as is not None)
     lines += [
         f"- Trials: {seeds * arms * points} ({' × '.join(factors)}),"
-        f" each of {effort.steps:,} steps and {effort.tokens:,} tokens",
+        f" each of {effort.steps:,} steps and {effort.tokens:,} tokens"
+        + "".join(f"; `{name}` takes as long as `{other}`" for name, other in timed),
         f"- Model: preset {' + '.join(f'`{preset}`' for preset in config.base)}",
         f"- Hardware: {_one_line(effort.hardware)}",
         "- Arms:",

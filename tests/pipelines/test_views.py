@@ -14,21 +14,40 @@ from pipelines.history import History
 from pipelines.run_folder import RunFolder
 from pipelines.saved_view import BarChart, LineChart, Section, View, read_state
 from pipelines.tracking_store import TrackingStore
-from pipelines.views import ROUTING, STUDIES, TRAINING, VIEWS, publish_views
+from pipelines.views import HEALTH, ROUTING, TECHNIQUES, TRAINING, VIEWS, publish_views
 from tests.pipelines.small_run import run_loop, small_config
 
 NOTE = "mlflow.note.content"
 
 
+MONITORED = ("monitors.every_steps=4",)
+# Every technique that has figures of its own; they go together.
+WITH_TECHNIQUES = (
+    *MONITORED,
+    "model.moe={num_experts: 4, top_k: 3, num_identity_experts: 2, experts_per_token: 2.0}",
+    "model.residual.kind=mhc",
+    "stability.balance={kind: budget, bias_update_rate: 1.0e-2}",
+    "stability.anticipation={kind: always, lag: 2}",
+    "stability.qk_clip.kind=max_logit",
+    "precision.fp8.kind=deepseek_v3",
+    "parallel.expert_nodes=2",
+)
+
+
+@pytest.mark.parametrize(
+    ("seen", "settings"), [((TRAINING, ROUTING, HEALTH), MONITORED), ((TECHNIQUES,), WITH_TECHNIQUES)]
+)
 @pytest.mark.usefixtures("home")
-def test_a_run_records_every_metric_and_parameter_that_is_on_a_view(tmp_path: Path) -> None:
+def test_a_run_records_every_metric_and_parameter_that_is_on_a_view(
+    tmp_path: Path, seen: tuple[View, ...], settings: tuple[str, ...]
+) -> None:
     folder = RunFolder(tmp_path / "run")
-    run_loop(0, 1, folder.path, ("monitors.every_steps=4",))
+    run_loop(0, 1, folder.path, settings)
     history = History.read(folder.spool)
     recorded = history.series.keys() | history.finals().keys()
     columns = {f"metrics.{name}" for name in recorded} | {f"params.{name}" for name in flatten(small_config())}
     columns.add("attributes.Models")
-    for view in set(VIEWS) - {STUDIES}:
+    for view in seen:
         assert {chart.metric for section in view.sections for chart in section.charts} <= recorded
         assert set(view.columns) <= columns
         # One-dot lines, or a bar of the last step alone, tell nothing.

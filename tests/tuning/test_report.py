@@ -9,7 +9,7 @@ from tuning.measure_names import DESCRIPTIONS
 from tuning.report import Effort, plus_minus, replace_section, write_report
 from tuning.results import TrialKey
 from tuning.statistics import Interval
-from tuning.study_config import StudyConfig
+from tuning.study_config import Duration, StudyConfig
 from tuning.verdict import ClaimVerdict
 
 EFFORT = Effort(minutes=12.34, steps=1500, tokens=1_536_000, hardware="2 cores")
@@ -72,6 +72,14 @@ def test_the_section_says_what_was_run() -> None:
         f"- `val_loss`: {DESCRIPTIONS['val_loss']}",
     ):
         assert line in text.splitlines()
+
+
+def test_the_section_names_the_arms_whose_length_is_that_of_another_s_time() -> None:
+    config = study(["a", "b"], ["val_loss"])
+    timed = config.arms["b"].model_copy(update={"as_long_as": Duration(arm="a", paced_by="a")})
+    text = report(config.model_copy(update={"arms": {**config.arms, "b": timed}}), 3, lambda _: {"val_loss": 1.0})
+    expected = "- Trials: 6 (3 seeds × 2 arms), each of 1,500 steps and 1,536,000 tokens; `b` takes as long as `a`"
+    assert expected in text.splitlines()
 
 
 def test_verdicts_come_before_the_arms() -> None:
