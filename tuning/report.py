@@ -126,7 +126,8 @@ def _what_was_run(config: StudyConfig, results: Results, effort: Effort) -> str:
         f"- Trials: {seeds * arms * points} ({' × '.join(factors)}),"
         f" each of {effort.steps:,} steps and {effort.tokens:,} tokens"
         + "".join(f"; `{name}` takes as long as `{other}`" for name, other in timed),
-        f"- Model: preset {' + '.join(f'`{preset}`' for preset in config.base)}",
+        f"- Model: preset {' + '.join(f'`{preset}`' for preset in config.base)}"
+        + (" in the study's own sizes" if "model" in config.config else ""),
         f"- Hardware: {_one_line(effort.hardware)}",
         "- Arms:",
         *(f"  - `{name}`: {_one_line(arm.says)}" for name, arm in config.arms.items()),

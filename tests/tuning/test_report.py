@@ -82,6 +82,12 @@ def test_the_section_names_the_arms_whose_length_is_that_of_another_s_time() -> 
     assert expected in text.splitlines()
 
 
+def test_the_section_does_not_pass_another_model_off_as_the_preset() -> None:
+    config = study(["a", "b"], ["val_loss"], config={"model": {"hidden_size": 64}})
+    text = report(config, 1, lambda _: {"val_loss": 1.0})
+    assert "- Model: preset `micro` in the study's own sizes" in text.splitlines()
+
+
 def test_verdicts_come_before_the_arms() -> None:
     text = report(
         study(["a", "b"], ["val_loss"]),
