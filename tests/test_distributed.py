@@ -78,7 +78,7 @@ def test_a_hanging_collective_fails() -> None:
 
 def test_a_hanging_function_is_ended(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"rank\(s\) \[0, 1\]"):
-        run_distributed(_all_sleep, 2, tmp_path, timeout_s=15)
+        run_distributed(_all_sleep, 2, tmp_path, timeout_s=6)
     pids = [int(file.name) for file in tmp_path.iterdir()]
     assert len(pids) == 2
     assert not any(_is_alive(pid) for pid in pids)

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 SHORT = [word for s in (*SETTINGS, "schedule.steps=3", "schedule.warmup_steps=1") for word in ("--set", s)]
 # About 20 s each on two cores, of which 13 s are the start of Ray Train; several times that on busy ones.
-JOBS_IN_A_ROW = 20
-JOBS_IN_A_ROW_S = 3600
+JOBS_IN_A_ROW = 6
+JOBS_IN_A_ROW_S = 1800
 
 
 def runs_of(cluster: LocalCluster, job_id: str) -> list[Run]:
