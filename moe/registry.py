@@ -8,6 +8,7 @@ from moe.model import Transformer
 from moe.optim import Optimizer
 from moe.parallel import Ranks
 from moe.parameters import Parameter, ParameterSet
+from moe.stability.detector import SpikeDetector
 from moe.stability.technique import Technique
 from moe.state import TrainingState
 
@@ -32,10 +33,11 @@ def collect_state(
     parameters: ParameterSet,
     optimizer: Optimizer,
     techniques: Mapping[str, Technique],
+    detector: SpikeDetector,
     ranks: Ranks,
     scalars: dict[str, int],
 ) -> TrainingState:
-    """Live tensors of the weights, buffers (expert biases), moments and techniques, by name."""
+    """Live tensors of the weights, buffers (expert biases), moments, techniques and detector, by name."""
     # Buffers that follow from the config (tables of hash layers) are no state, and not in the state dict.
     kept = model.state_dict().keys()
     tensors: dict[str, torch.Tensor] = {f"model.{name}": b for name, b in model.named_buffers() if name in kept}
@@ -46,4 +48,5 @@ def collect_state(
                 tensors[f"optimizer.{moment}.{p.name}"] = _as_saved(p, by_name[p.name], ranks)
     for family, technique in techniques.items():
         tensors |= {f"stability.{family}.{name}": tensor for name, tensor in technique.state().items()}
+    tensors |= {f"detector.{name}": tensor for name, tensor in detector.state().items()}
     return TrainingState(tensors, scalars)

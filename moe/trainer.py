@@ -35,6 +35,7 @@ from moe.routing_stats import (
 )
 from moe.schedule import Moment, Timeline
 from moe.stability.anticipation import Anticipation, TriggeredAnticipation
+from moe.stability.detector import Reading, SpikeDetector
 from moe.stability.families import build_techniques
 from moe.stability.technique import BatchCounts, GradientNorms, StepLoad
 from moe.start_check import check_start
@@ -62,6 +63,8 @@ class Report:
     """What any rank has asked for since the last step."""
     layer_max_vio: tuple[float, ...] = ()
     """MaxVio of the step's load, per MoE layer."""
+    readings: tuple[Reading, ...] = ()
+    """What the spike detector makes of the loss and of the gradient norm."""
     health: Measurements | None = None
     """Layer by layer, after the update, where this step was one to measure (``monitors.every_steps``)."""
 
@@ -112,6 +115,7 @@ class Trainer:
             technique.watch(self.model)
             technique.before_training(self.parameters)
             technique.on_timeline(self.timeline)
+        self.detector = SpikeDetector(config.detector)
         self.routers = [layer.router for layer in self.model.moe_layers()]
         self.choosing = slice(config.model.moe.hash_layers, None)
         """Which MoE layers choose their experts: all but the first, hash-routed ones."""
@@ -140,6 +144,8 @@ class Trainer:
         for technique in self.techniques.values():
             metrics |= technique.figures()
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
+        readings = self.detector.see(metrics["train/loss"], norms.total)
+        metrics |= {f"spike/score_{r.series}": r.score for r in readings if r.score is not None}
         if finite:
             metrics |= self._update(norms, load, moment)
         self.steps_done += 1
@@ -149,7 +155,7 @@ class Trainer:
             # What a technique reports of the whole step stands against the figure of one micro-batch.
             metrics = health.headline() | metrics
         layer_max_vio = tuple(max_violation(self._with_weights(load.counts_ME)).tolist()) if load is not None else ()
-        return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, health)
+        return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, readings, health)
 
     def _is_time_to_measure(self, moment: Moment, finite: bool) -> bool:
         """At intervals, and at events: a stage begins, or something is not finite and one wants to know where."""
@@ -352,7 +358,9 @@ class Trainer:
     def state(self) -> TrainingState:
         """Everything that makes the next step what it is, by name. Tensors are live: save copies, load in place."""
         scalars: dict[str, int] = {"steps_done": self.steps_done, "updates": self.optimizer.taken}
-        return collect_state(self.model, self.parameters, self.optimizer, self.techniques, self.ranks, scalars)
+        return collect_state(
+            self.model, self.parameters, self.optimizer, self.techniques, self.detector, self.ranks, scalars
+        )
 
     def restore(self, scalars: Mapping[str, int]) -> None:
         """Take over the scalars of a saved state whose tensors have been filled in place."""

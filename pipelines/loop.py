@@ -67,6 +67,7 @@ class _Recorder:
         if self._stages:
             metrics["train/stage"] = moment.stage + 1
             self._note_stage(report)
+        self._note_spikes(report)
         maximum = self.loss_max.update(report.step, metrics["train/loss"])
         if maximum is not None:
             metrics["train/loss_max"] = maximum
@@ -85,6 +86,19 @@ class _Recorder:
             text = f"step {report.step}: stage {moment.stage + 1} of {stages} begins, with batches of {batch}"
             add_note(self._notes, Note("stage", text))
         self._stage = moment.stage
+
+    def _note_spikes(self, report: Report) -> None:
+        """Say what stands out; steps that a resumed run repeats have been told of already."""
+        if report.step <= self._recorded or self._writer is None:
+            return
+        for reading in report.readings:
+            if reading.severity == "act" and reading.score is not None:
+                what = "loss" if reading.series == "loss" else "gradient norm"
+                text = (
+                    f"step {report.step}: {what} {reading.value:.4g} is {reading.score:.1f} robust standard deviations"
+                    f" above the {reading.baseline:.4g} that was to be expected"
+                )
+                add_note(self._notes, Note("spike", text))
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a validation."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["death", "error", "checkpoint", "resume", "stage"]
+Kind = Literal["death", "error", "checkpoint", "resume", "stage", "spike"]
 
 
 @dataclass(frozen=True)

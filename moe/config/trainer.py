@@ -9,6 +9,7 @@ from moe.config.balance import NoBalanceConfig, SignBalanceConfig, balance_probl
 from moe.config.balance_loss import BatchBalanceLossConfig
 from moe.config.base import Config
 from moe.config.clip import GroupClipConfig, SpamClipConfig
+from moe.config.detector import DetectorConfig, RobustDetectorConfig
 from moe.config.fp8 import DeepseekV3Fp8Config, Fp8Config, NoFp8Config
 from moe.config.model import ModelConfig
 from moe.config.monitors import MonitorsConfig
@@ -74,6 +75,7 @@ class TrainerConfig(Config):
     schedule: ScheduleConfig = SimpleSchedule()
     stability: StabilityConfig = StabilityConfig()
     monitors: MonitorsConfig = MonitorsConfig()
+    detector: DetectorConfig = RobustDetectorConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: BatchConfig = BatchConfig()

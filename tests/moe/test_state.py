@@ -87,4 +87,6 @@ def test_state_tensors_are_live() -> None:
     before = {name: tensor.clone() for name, tensor in trainer.state().tensors.items()}
     held = trainer.state().tensors
     trainer.step()
-    assert all(not torch.equal(held[name], before[name]) for name in before)
+    # A calm step gives the detector nothing to keep out of its past.
+    same = [name for name in before if torch.equal(held[name], before[name])]
+    assert same == ["detector.loss.kept_out", "detector.grad_norm.kept_out"]

@@ -80,6 +80,21 @@ def test_a_stage_that_begins_is_noted_once_even_if_the_run_is_cut_off(tmp_path: 
     ]
 
 
+def test_every_spike_of_the_loss_is_noted_once_even_if_the_run_is_cut_off(tmp_path: Path) -> None:
+    limits = "detector={kind: robust, warn: 0.7, act: 0.7, window: 20}"  # so that noise will do
+    settings = ("schedule.steps=48", "checkpoint.every_steps=20", limits)
+    run = RunFolder(tmp_path / "run")
+    ending = run_loop(0, 1, run.path, settings)
+    shutil.rmtree(run.checkpoints / f"step-{ending.step:08}")
+    assert run_loop(0, 1, run.path, settings) == ending
+    scores = {step: metrics.get("spike/score_loss", 0.0) for step, metrics in metrics_of(run.path).items()}
+    spikes = [step for step, score in scores.items() if score >= 0.7]
+    assert 2 < len(spikes) < 18
+    noted = [note.text for note in read_notes(run.notes) if note.kind == "spike"]
+    assert [int(text.removeprefix("step ").partition(":")[0]) for text in noted] == spikes
+    assert f": loss {metrics_of(run.path)[spikes[0]]['train/loss']:.4g} is {scores[spikes[0]]:.1f} robust" in noted[0]
+
+
 def test_steps_whose_health_was_measured_are_recorded_as_well(tmp_path: Path) -> None:
     run_loop(0, 1, tmp_path / "run", ("tracking.every_steps=5", "monitors.every_steps=4"))
     steps = metrics_of(tmp_path / "run")

@@ -1,0 +1,149 @@
+"""How good the spike detector is: false alarms on undisturbed runs, and which events of known size it sees.
+
+    python -m tests.benchmarks.detector FILE
+
+FILE is one of tests/traces, made by tests.benchmarks.clean_traces. Events are laid into its series at places that are
+drawn at random, one at a time. Their height is over what was to be seen there, a centred median of 21 values, in units
+of the scatter there: 1.4826 times the median absolute deviation from that median, within 100 steps; both know the
+future and nothing of the detector. Gradient norms are in logarithms. The rule that is compared is that of public
+trainers: above the mean of the last 128 values by 6 of their standard deviations, all values kept.
+
+Printed are false alarms per 10,000 steps, and the share of events that are seen in time.
+"""
+
+import math
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from moe.config.detector import RobustDetectorConfig
+from moe.stability.detector import Series, Severity, SpikeDetector
+
+_SIZES = {"loss": (4, 6, 8, 9, 10, 12, 16), "grad_norm": (10, 20, 30, 40, 60)}
+_PLACES = 20
+_FIRST = 60
+"""Steps after which events are laid: every rule needs some past."""
+_PAST = 400
+"""Steps that a rule sees before an event: more than any of them remembers."""
+_DESCENT = 400
+"""In which the loss falls fast."""
+
+Alarms = list[bool]
+Rule = Callable[[Sequence[float]], Alarms]
+
+
+def robust(series: Series, severities: Set[Severity]) -> Rule:
+    """The detector's alarms of these severities, over losses or logarithms of gradient norms."""
+
+    def alarms(values: Sequence[float]) -> Alarms:
+        detector = SpikeDetector(RobustDetectorConfig())
+        if series == "loss":
+            return [detector.see(value, 1.0)[0].severity in severities for value in values]
+        return [detector.see(1.0, math.exp(value))[1].severity in severities for value in values]
+
+    return alarms
+
+
+def rolling_mean(values: Sequence[float]) -> Alarms:
+    """Above the mean of the last 128 values by 6 standard deviations."""
+    window: deque[float] = deque(maxlen=128)
+    found = []
+    for value in values:
+        is_full = len(window) == 128
+        found.append(is_full and value > float(np.mean(window)) + 6 * float(np.std(window)))
+        window.append(value)
+    return found
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An event's course in units of its height, and how many of its steps are time enough to see it."""
+
+    course: tuple[float, ...]
+    in_time: int
+    before: int = 0
+    """So many steps earlier a spike of 100 scatters is laid, too."""
+    in_descent: bool = False
+
+
+KINDS = {
+    "one step": Kind((1.0,), 1),
+    "ten steps": Kind((1.0,) * 10, 2),
+    "dies away over 20 steps": Kind(tuple(math.exp(-step / 7) for step in range(20)), 2),
+    "rises over 4 steps": Kind((0.25, 0.5, 0.75, 1.0), 4),
+    "10 steps after a large one": Kind((1.0,), 1, before=10),
+    "one step in the descent": Kind((1.0,), 1, in_descent=True),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A series, what was to be seen at each of its places, and the unit of heights there."""
+
+    values: list[float]
+    level: list[float]
+    unit: list[float]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Measured by what lies before and after each place."""
+        level = [statistics.median(values[max(0, i - 10) : i + 11]) for i in range(len(values))]
+        off = [abs(value - middle) for value, middle in zip(values, level, strict=True)]
+        unit = [1.4826 * statistics.median(off[max(0, i - 100) : i + 101]) for i in range(len(values))]
+        return cls(list(values), level, unit)
+
+
+def recall(rule: Rule, traces: Sequence[Trace], kind: Kind, size: float, seed: int = 0) -> float:
+    """Share of events that are seen in time."""
+    generator = np.random.default_rng(seed)
+    seen = []
+    for trace in traces:
+        last = _DESCENT if kind.in_descent else len(trace.values) - 30
+        for place in generator.integers(_FIRST, last, _PLACES).tolist():
+            first = max(0, place - _PAST)
+            changed = trace.values[first : place + kind.in_time]
+            for offset, height in enumerate(kind.course[: kind.in_time]):
+                at = place + offset
+                changed[at - first] = trace.level[at] + height * size * trace.unit[at]
+            if kind.before:
+                changed[place - first - kind.before] += 100 * trace.unit[place]
+            seen.append(any(rule(changed)[place - first :]))
+    return statistics.fmean(seen)
+
+
+def false_alarms(rule: Rule, traces: Sequence[Trace]) -> float:
+    """Alarms in 10,000 steps of traces that nothing was done to."""
+    steps = sum(len(trace.values) for trace in traces)
+    return 1e4 * sum(sum(rule(trace.values)) for trace in traces) / steps
+
+
+def main(path: Path) -> None:
+    """Print the table."""
+    data = np.load(path)
+    print(data["about"])
+    for name, rows in (("loss", data["loss"]), ("grad_norm", np.log(data["grad_norm"]))):
+        traces = [Trace.of(row.astype(float).tolist()) for row in rows]
+        series: Series = "loss" if name == "loss" else "grad_norm"
+        rules: dict[str, Rule] = {
+            "warn": robust(series, {"warn", "act"}),
+            "act": robust(series, {"act"}),
+            "mean + 6 sigma": rolling_mean,
+        }
+        print(f"\n{name}: {len(traces)} traces, {sum(len(trace.values) for trace in traces)} steps")
+        for rule_name, rule in rules.items():
+            print(f"  {rule_name}: {false_alarms(rule, traces):.2f} false alarms in 10,000 steps")
+        print("  recall by height, in scatters".ljust(48), *(f"{size:5}" for size in _SIZES[name]))
+        for kind_name, kind in KINDS.items():
+            for rule_name, rule in rules.items():
+                shares = [recall(rule, traces, kind, size) for size in _SIZES[name]]
+                print(f"  {kind_name}; {rule_name}".ljust(48), *(f"{share:5.2f}" for share in shares), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
