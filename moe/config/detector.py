@@ -22,15 +22,15 @@ class RobustDetectorConfig(Config):
 
     kind: Literal["robust"] = "robust"
     warn: PositiveFloat = 4.5
-    """From here on a value is reported, and kept out of the past that later ones are compared with."""
+    """From here on a value is kept out of the past that later ones are compared with."""
     act: PositiveFloat = 6.0
-    """From here on it is a spike that the run answers. At least ``warn``."""
+    """From here on it is a spike, which the run notes. At least ``warn``."""
     warn_norm_ratio: PositiveFloat = 5.0
-    """How many times what was to be expected a gradient norm must be in addition, to be reported."""
+    """How many times what was to be expected a gradient norm must be in addition, for its reading to be a warning."""
     act_norm_ratio: PositiveFloat = 20.0
-    """The same to be answered. At least ``warn_norm_ratio``. Clipping takes care of what is below."""
-    window: PositiveInt = 200
-    """Optimizer steps whose scatter is the unit of both limits."""
+    """The same for it to be a spike. At least ``warn_norm_ratio``. Clipping takes care of what is below."""
+    window: int = Field(default=200, ge=20)
+    """Optimizer steps whose scatter is the unit of both limits; fewer than 20 would say nothing of it."""
     accept_after: PositiveInt = 20
     """So many values in a row that are kept out are a new level: the past begins anew with them."""
 

@@ -9,12 +9,11 @@ level, by the median and the scatter of the errors of the ``window`` values befo
   step, and that amount is no part of a spike's height.
 - **Scatter that one value cannot move**: the median absolute deviation, or the 90th percentile of absolute deviations
   where that says more, both in units of a normal distribution's sigma. The second is for distributions with tails,
-  such as gradient norms, of which the first sees nothing. A standard deviation is at the mercy of the spike itself:
-  one value in 128 can never lie 6 of them above the mean by more than sqrt(127), however high it is.
+  such as gradient norms, of which the first sees nothing. A standard deviation grows with every spike in the window.
 - **Gradient norms in logarithms**: their scatter is in proportion to their size. They must be a multiple of what was to
   be expected besides: in undisturbed runs one in a hundred lies over 5 deviations out, and one in 12,500 was 12.7 times
   as large as those before it, from a batch that nothing is wrong with.
-- **What stands out stays out**: a spike that became part of the past would hide the next (peers' rolling windows with a
+- **What stands out stays out**: a spike that became part of the past would hide the next (rolling windows that hold a
   spike of 12 over losses of 3 miss jumps to 5 and 7 that follow within the window). But only for so long
   (``accept_after`` in a row): a level that stays is accepted.
 - **What is not finite stays out at any time**, and is its own kind of event. A single NaN in a rolling window makes
@@ -55,11 +54,6 @@ class Reading:
     """What was to be expected, in the unit of ``value``; None without a past."""
     score: float | None
     """How far above it, in robust standard deviations of the series; None without a past, or for what is not finite."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the value is a number at all."""
-        return math.isfinite(self.value)
 
 
 class RobustScore:

@@ -79,9 +79,9 @@ def test_what_is_not_finite_is_flagged_at_once_and_leaves_the_past_as_it_was(bro
     for step, loss in enumerate(losses):
         if step in (0, 100):
             readings = with_it.see(broken, 1.0) if where == "loss" else with_it.see(9.0, broken)
-            wrong = [reading for reading in readings if not reading.is_finite]
+            wrong = [reading for reading in readings if not math.isfinite(reading.value)]
             assert [(reading.series, reading.severity, reading.score) for reading in wrong] == [(where, "act", None)]
-            assert [r.severity for r in readings if r.is_finite] == ["none"]
+            assert [r.severity for r in readings if math.isfinite(r.value)] == ["none"]
         assert with_it.see(loss, 1.0) == without.see(loss, 1.0)
 
 
@@ -189,6 +189,13 @@ def test_a_gradient_norm_must_be_a_multiple_of_what_was_to_be_expected(ratio: fl
     for loss in noise(100, level=1.0, sigma=0.01):
         detector.see(loss, 1.0)
     assert detector.see(3.0, 1.0)[0].severity == "act"
+
+
+def test_a_window_that_says_nothing_of_the_scatter_is_refused() -> None:
+    """The detector would wait for 20 errors for ever."""
+    with pytest.raises(ValueError, match="greater than or equal to 20"):
+        RobustDetectorConfig(window=19)
+    assert flagged([*noise(60), 9.0], RobustDetectorConfig(window=20)) == [60]
 
 
 def test_a_ratio_to_act_on_below_the_warning_is_refused() -> None:
