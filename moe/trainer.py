@@ -16,6 +16,7 @@ from moe.config.schedule import StagedSchedule
 from moe.config.trainer import TrainerConfig
 from moe.fp8.place import use_fp8
 from moe.fsdp import release_gathered, shard_dense_parameters, sync_gradients
+from moe.hooks import Seen, StepHook
 from moe.init import initialise
 from moe.loss import counted_targets, cross_entropy_sum
 from moe.model import Transformer
@@ -55,7 +56,8 @@ class Report:
     step: int
     """Optimizer steps done, this one included."""
     taken: bool
-    """False where loss or gradient was not finite: then nothing has changed but the step's number."""
+    """False where the update was refused, by a hook or because loss or gradient was not finite: then nothing has
+    changed but the step's number, and what looks at steps as they come (detector, anticipated choices)."""
     moment: Moment
     """What the schedule had for it."""
     metrics: dict[str, float]
@@ -121,11 +123,14 @@ class Trainer:
         """Which MoE layers choose their experts: all but the first, hash-routed ones."""
         nodes = config.parallel.expert_nodes
         self.nodes = None if nodes is None else Spread(config.model.moe.num_experts, nodes)
+        self.hooks: list[StepHook] = []
         self._requested: set[Request] = set()
 
     def step(self) -> Report:
         """One optimizer step. Collective."""
         moment = self.timeline.at(self.steps_done)
+        for hook in self.hooks:
+            hook.before_step(moment)
         micro_batches = [batch.to(self.ranks.device) for batch in self.batches(self.steps_done)]
         counts = self._count(micro_batches, moment)
         self.parameters.clear_gradients()
@@ -136,35 +141,44 @@ class Trainer:
         if self.fp8_tally is not None:
             self.fp8_tally.clear()  # of what chose experts for later batches, too
         sums = self._forward_backward(micro_batches, chosen, counts, moment)
+        for hook in self.hooks:
+            hook.after_backward(moment)
         self.parameters.reduce_gradients()
         norms = self._measure_gradients()
         metrics, load, requests = self._gather(sums, counts)
         finite = math.isfinite(metrics["train/loss"]) and math.isfinite(norms.total)
-        metrics["train/lr"] = moment.lr
+        metrics["train/lr"] = self._lr(moment)
         for technique in self.techniques.values():
             metrics |= technique.figures()
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
         readings = self.detector.see(metrics["train/loss"], norms.total)
         metrics |= {f"spike/score_{r.series}": r.score for r in readings if r.score is not None}
-        if finite:
+        seen = Seen(self.steps_done + 1, moment, readings, finite, metrics)
+        # All of them, whatever one says: each may have something to note.
+        answers = [hook.takes(seen) for hook in self.hooks]
+        taken = finite and all(answers)
+        if taken:
             metrics |= self._update(norms, load, moment)
         self.steps_done += 1
         health = None
-        if self._is_time_to_measure(moment, finite):
+        if self._is_time_to_measure(moment, readings):
             health = measure(self.model, micro_batches[0], self.ranks)
             # What a technique reports of the whole step stands against the figure of one micro-batch.
             metrics = health.headline() | metrics
         layer_max_vio = tuple(max_violation(self._with_weights(load.counts_ME)).tolist()) if load is not None else ()
-        return Report(self.steps_done, finite, moment, metrics, requests, layer_max_vio, readings, health)
+        return Report(self.steps_done, taken, moment, metrics, requests, layer_max_vio, readings, health)
 
-    def _is_time_to_measure(self, moment: Moment, finite: bool) -> bool:
-        """At intervals, and at events: a stage begins, or something is not finite and one wants to know where."""
+    def _lr(self, moment: Moment) -> float:
+        return moment.lr * math.prod(hook.lr_factor(moment) for hook in self.hooks)
+
+    def _is_time_to_measure(self, moment: Moment, readings: Sequence[Reading]) -> bool:
+        """At intervals, and at events: a stage begins, or there is a spike and one wants to know where."""
         every = self.config.monitors.every_steps
         if not every:
             return False
         staged = isinstance(self.config.schedule, StagedSchedule) and moment.step > 0
         stage_begins = staged and self.timeline.at(moment.step - 1).stage != moment.stage
-        return self.steps_done % every == 0 or stage_begins or not finite
+        return self.steps_done % every == 0 or stage_begins or any(r.severity == "act" for r in readings)
 
     def check_start(self) -> None:
         """Compare the weights just drawn with ``model.init``, if that says so. Collective; every rank ends alike.
@@ -287,7 +301,7 @@ class Trainer:
             figures = technique.on_gradients(self.parameters, norms, self.optimizer, moment)
             metrics |= {f"train/{name}": value for name, value in figures.items()}
         before = [p.local.clone() for p in self.parameters.all]
-        lr = moment.lr * math.prod(technique.lr_factor(moment) for technique in self.techniques.values())
+        lr = self._lr(moment) * math.prod(technique.lr_factor(moment) for technique in self.techniques.values())
         metrics["train/lr"] = lr
         metrics |= {f"train/{name}": value for name, value in self.optimizer.step(lr).items()}
         for technique in self.techniques.values():

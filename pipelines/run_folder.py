@@ -64,6 +64,16 @@ class RunFolder:
         return self.path / "notes.jsonl"
 
     @property
+    def events(self) -> Path:
+        """What went wrong, and what was done about it: `pipelines.spike_event`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        """What has been done about spikes and is never taken back: `pipelines.journal`."""
+        return self.path / "journal.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that works on the run: `pipelines.run_lock`."""
         return self.path / "lock"
