@@ -26,6 +26,7 @@ from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
+from moe.replicas import Replicas
 from moe.routing_stats import (
     RoutingStats,
     bias_range,
@@ -69,6 +70,8 @@ class Report:
     """What the spike detector makes of the loss and of the gradient norm."""
     health: Measurements | None = None
     """Layer by layer, after the update, where this step was one to measure (``monitors.every_steps``)."""
+    differing: tuple[str, ...] = ()
+    """Names of parameters whose copies on several ranks were not the same when the step began."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Trainer:
             technique.before_training(self.parameters)
             technique.on_timeline(self.timeline)
         self.detector = SpikeDetector(config.detector)
+        self.replicas = Replicas(self.model, self.parameters, config.monitors.replicas_every_steps)
         self.routers = [layer.router for layer in self.model.moe_layers()]
         self.choosing = slice(config.model.moe.hash_layers, None)
         """Which MoE layers choose their experts: all but the first, hash-routed ones."""
@@ -131,6 +135,7 @@ class Trainer:
         moment = self.timeline.at(self.steps_done)
         for hook in self.hooks:
             hook.before_step(moment)
+        differing = self.replicas.differing(self.steps_done)
         micro_batches = [batch.to(self.ranks.device) for batch in self.batches(self.steps_done)]
         counts = self._count(micro_batches, moment)
         self.parameters.clear_gradients()
@@ -153,7 +158,7 @@ class Trainer:
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
         readings = self.detector.see(metrics["train/loss"], norms.total)
         metrics |= {f"spike/score_{r.series}": r.score for r in readings if r.score is not None}
-        seen = Seen(self.steps_done + 1, moment, readings, finite, metrics)
+        seen = Seen(self.steps_done + 1, moment, readings, finite, metrics, differing)
         # All of them, whatever one says: each may have something to note.
         answers = [hook.takes(seen) for hook in self.hooks]
         taken = finite and all(answers)
@@ -166,7 +171,7 @@ class Trainer:
             # What a technique reports of the whole step stands against the figure of one micro-batch.
             metrics = health.headline() | metrics
         layer_max_vio = tuple(max_violation(self._with_weights(load.counts_ME)).tolist()) if load is not None else ()
-        return Report(self.steps_done, taken, moment, metrics, requests, layer_max_vio, readings, health)
+        return Report(self.steps_done, taken, moment, metrics, requests, layer_max_vio, readings, health, differing)
 
     def _lr(self, moment: Moment) -> float:
         return moment.lr * math.prod(hook.lr_factor(moment) for hook in self.hooks)
