@@ -14,7 +14,7 @@ LADDER = LadderResponseConfig(rungs=["record", "skip_step", "rewind_skip_samples
 def actions(kind: Kind, steps: list[int], config: LadderResponseConfig = LADDER) -> list[str]:
     """Answers to events at these steps, one after the other."""
     journal = Journal()
-    found = []
+    found: list[str] = []
     for step in steps:
         given = answer(config, journal, kind, step)
         found.append(given.action)

@@ -18,6 +18,7 @@ from pipelines.data import TrainBatches
 from pipelines.errors import UserError
 from pipelines.history import History
 from pipelines.journal import Journal
+from pipelines.keeper import CheckpointKeeper
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.spike_event import SpikeEvent, read_events
@@ -231,7 +232,7 @@ def test_checkpoints_of_a_timeline_that_was_left_are_discarded(tmp_path: Path, m
     """A save between the state that training went back to and the spike."""
     spoil(monkeypatch, BAD_STEP)
     seen: dict[int, str] = {}
-    go_back = pipelines.loop.CheckpointKeeper.go_back
+    go_back = CheckpointKeeper.go_back
 
     def watch(self: Any, step: int) -> None:
         go_back(self, step)
@@ -239,7 +240,7 @@ def test_checkpoints_of_a_timeline_that_was_left_are_discarded(tmp_path: Path, m
             {step_of(p): standing(p).state for p in checkpoint_folders(RunFolder(tmp_path / "run").checkpoints)}
         )
 
-    monkeypatch.setattr(pipelines.loop.CheckpointKeeper, "go_back", watch)
+    monkeypatch.setattr(CheckpointKeeper, "go_back", watch)
     settings = (*REWIND, "checkpoint.every_steps=11", "checkpoint.confirm_steps=5")
     assert run_loop(0, 1, tmp_path / "run", settings).outcome == "finished"
     assert seen[33] == "good"
