@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from moe.parallel import Ranks
+
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 """What ``json`` writes and reads back unchanged (so no tuples, and the keys of a dict are strings)."""
 
@@ -24,3 +26,17 @@ class TrainingState:
 
     tensors: dict[str, torch.Tensor]
     scalars: Mapping[str, JSON] = field(default_factory=dict)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a state's tensor that this rank holds, over the same storage."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_finite(state: TrainingState, ranks: Ranks) -> bool:
+    """Whether no tensor of the state has NaN or infinity on any rank. Collective; the same on every rank."""
+    parts = [local_tensor(tensor).isfinite().all() for tensor in state.tensors.values() if tensor.is_floating_point()]
+    bad = (~torch.stack([part.to(ranks.device) for part in parts]).all()).double()
+    return not float(ranks.max_over_world(bad))

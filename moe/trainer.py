@@ -66,6 +66,8 @@ class Report:
     """What any rank has asked for since the last step."""
     layer_max_vio: tuple[float, ...] = ()
     """MaxVio of the step's load, per MoE layer."""
+    layer_idle: tuple[int, ...] = ()
+    """Experts that no token of the step reached, per MoE layer."""
     readings: tuple[Reading, ...] = ()
     """What the spike detector makes of the loss and of the gradient norm."""
     health: Measurements | None = None
@@ -133,6 +135,8 @@ class Trainer:
     def step(self) -> Report:
         """One optimizer step. Collective."""
         moment = self.timeline.at(self.steps_done)
+        if self._stage_begins(moment):
+            self.detector.forget()
         for hook in self.hooks:
             hook.before_step(moment)
         differing = self.replicas.differing(self.steps_done)
@@ -170,8 +174,14 @@ class Trainer:
             health = measure(self.model, micro_batches[0], self.ranks)
             # What a technique reports of the whole step stands against the figure of one micro-batch.
             metrics = health.headline() | metrics
-        layer_max_vio = tuple(max_violation(self._with_weights(load.counts_ME)).tolist()) if load is not None else ()
-        return Report(self.steps_done, taken, moment, metrics, requests, layer_max_vio, readings, health, differing)
+        max_vio, idle = self._by_layer(load)
+        return Report(self.steps_done, taken, moment, metrics, requests, max_vio, idle, readings, health, differing)
+
+    def _by_layer(self, load: StepLoad | None) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        if load is None:
+            return (), ()
+        counts_ME = self._with_weights(load.counts_ME)
+        return tuple(max_violation(counts_ME).tolist()), tuple((counts_ME == 0).sum(dim=1).tolist())
 
     def _lr(self, moment: Moment) -> float:
         return moment.lr * math.prod(hook.lr_factor(moment) for hook in self.hooks)
@@ -181,9 +191,13 @@ class Trainer:
         every = self.config.monitors.every_steps
         if not every:
             return False
+        spike = any(reading.severity == "act" for reading in readings)
+        return self.steps_done % every == 0 or spike or self._stage_begins(moment)
+
+    def _stage_begins(self, moment: Moment) -> bool:
+        """Whether the step is the first of any stage but the first."""
         staged = isinstance(self.config.schedule, StagedSchedule) and moment.step > 0
-        stage_begins = staged and self.timeline.at(moment.step - 1).stage != moment.stage
-        return self.steps_done % every == 0 or stage_begins or any(r.severity == "act" for r in readings)
+        return staged and self.timeline.at(moment.step - 1).stage != moment.stage
 
     def check_start(self) -> None:
         """Compare the weights just drawn with ``model.init``, if that says so. Collective; every rank ends alike.

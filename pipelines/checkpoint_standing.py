@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipelines.checkpoint_manifest import MANIFEST, CheckpointError, checkpoint_folders, verify
+from pipelines.checkpoint_manifest import MANIFEST, CheckpointError, checkpoint_folders, step_of, verify
 from pipelines.run_folder import write_json
 
 _FILE = "standing.json"
@@ -63,9 +63,14 @@ def condemn(folder: Path, event: str) -> None:
         if standing(path).state == "unconfirmed":
             mark(path, "suspect")
     if (good := newest_good(folder)) is not None:
-        known = standing(good)
-        if event not in known.pinned_by:
-            _write(good, known.model_copy(update={"pinned_by": (*known.pinned_by, event)}))
+        pin(good, event)
+
+
+def pin(path: Path, event: str) -> None:
+    """Keep the checkpoint at ``path`` for as long as there is the event. OSError if that cannot be written."""
+    known = standing(path)
+    if event not in known.pinned_by:
+        _write(path, known.model_copy(update={"pinned_by": (*known.pinned_by, event)}))
 
 
 def newer_than(folder: Path, path: Path | None) -> list[Path]:
@@ -74,13 +79,21 @@ def newer_than(folder: Path, path: Path | None) -> list[Path]:
     return paths[paths.index(path) + 1 :] if path is not None else paths
 
 
-def newest_valid(folder: Path) -> Path | None:
+def newest_valid(folder: Path, most_steps: int | None = None) -> Path | None:
     """The checkpoint that a run resumes from: the newest that is resumable, with all its files whole and unchanged.
 
     Found by looking: every byte of the candidates is read, newest first. What is skipped is logged with the reason.
-    None without one.
+    With ``most_steps``, the newest of at most so many steps. None without one.
     """
-    return next(_valid(folder), None)
+    return next((path for path in _valid(folder) if most_steps is None or step_of(path) <= most_steps), None)
+
+
+def newest_whole(folder: Path, most_steps: int) -> Path | None:
+    """The newest resumable checkpoint of at most ``most_steps`` steps with all its files; their content is not read."""
+    for path in reversed(checkpoint_folders(folder)):
+        if step_of(path) <= most_steps and standing(path).resumable and _has_its_files(path):
+            return path
+    return None
 
 
 def newest_good(folder: Path) -> Path | None:

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from moe.config.base import Config
 from moe.config.trainer import BatchConfig, TrainerConfig
 from pipelines.fault_config import FaultConfig, fault_problem
+from pipelines.response_config import LadderResponseConfig, ResponseConfig, response_problem
 
 
 class StdlibCorpusConfig(Config):
@@ -167,6 +168,8 @@ class RunConfig(TrainerConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
+    response: ResponseConfig = LadderResponseConfig()
+    """What is done about spikes."""
     faults: list[FaultConfig] = Field(default=[])
     """What goes wrong on purpose, for studies; one after the other where several hit a step."""
 
@@ -190,6 +193,12 @@ class RunConfig(TrainerConfig):
                 f"and class 0 for all others); set bias_domains to {classes}"
                 + (f", or give {biases - 1} list(s) of patterns" if biases > 1 else "")
             )
+        return self
+
+    @model_validator(mode="after")
+    def _response_can_work(self) -> "RunConfig":
+        if (problem := response_problem(self.response, self.stability.anticipation)) is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from moe.schedule import Timeline
 from pipelines.config import DataConfig, RunConfig
 from pipelines.domains import DocumentClasses, document_classes
 from pipelines.errors import UserError
-from pipelines.order import SampleOrder
+from pipelines.order import SampleOrder, Skip
 from pipelines.shards import DocumentSpan, Shards, TokenStream
 
 # Room kept behind the last sample whether it is read or not, so that switching multi-token prediction on changes
@@ -108,26 +108,38 @@ class TrainBatches:
     equal contiguous parts of it. So the batch is the same whatever the number of ranks, and there is no cursor to save.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, config: RunConfig, rank: int, world: int, skipped: Sequence[int] = ()
-    ) -> None:
-        """``skipped``: ids of samples not to be read, in the order in which they were found bad."""
+    def __init__(self, dataset: TokenDataset, config: RunConfig, rank: int, world: int) -> None:
         self._dataset = dataset
         self._data = config.data
+        self._seed = config.seed
         self._classes = document_classes(dataset.stream, config.data.domains)
-        self._order = SampleOrder(len(dataset), config.seed, dataset.stream.split, skipped)
+        self._skipped: list[Skip] = []
+        self._order = SampleOrder(len(dataset), config.seed, dataset.stream.split)
         self._timeline = Timeline(config)
         self._rank, self._world = rank, world
         # Found out here rather than at the first step.
         _share(config.data.global_batch_size, rank, world)
         _micro_batch_size(config.data.global_batch_size, config.data, world)
 
+    def skip(self, samples: Sequence[int], from_step: int) -> None:
+        """Read others in place of ``samples`` from the batch of ``from_step`` (from 0) on. Every rank must call it.
+
+        The order of the calls counts: they were found bad one after the other.
+
+        Raises:
+            ValueError: no sample would be left.
+        """
+        position = self._first_position(from_step)
+        self._skipped += [Skip(sample, position) for sample in samples]
+        self._order = SampleOrder(len(self._dataset), self._seed, self._dataset.stream.split, self._skipped)
+
+    def _first_position(self, step: int) -> int:
+        return self._timeline.tokens_before(step) // self._data.sequence_length
+
     def sample_ids(self, step: int) -> NDArray[np.int64]:
         """Samples of the global batch, those of rank 0 first: int64, as many as its sequences make if joined to the
         length of ``data.sequence_length``."""
-        tokens = self._timeline.tokens_before(step), self._timeline.tokens_before(step + 1)
-        first, end = (count // self._data.sequence_length for count in tokens)
-        return self._order(np.arange(first, end))
+        return self._order(np.arange(self._first_position(step), self._first_position(step + 1)))
 
     def documents(self, step: int) -> dict[int, list[DocumentSpan]]:
         """The documents behind every sample of the global batch, by sample id."""

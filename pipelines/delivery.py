@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config import TrackingConfig
 from pipelines.ending import end_if_orphaned
 from pipelines.errors import first_line
+from pipelines.outbox import Outbox
 from pipelines.registration import CheckpointRegistry
 from pipelines.run_folder import RunFolder, read_json, write_json
 from pipelines.run_lock import RunLock
@@ -41,7 +42,8 @@ _LAST_PAUSE_S = 0.5
 class Delivery:
     """What of one run MLflow has yet to get."""
 
-    def __init__(self, client: "MlflowClient", folder: RunFolder) -> None:
+    def __init__(self, client: "MlflowClient", folder: RunFolder, lag_steps: int = 0) -> None:
+        """``lag_steps``: how far training can go back in memory; so many of the newest steps wait."""
         self._client = client
         self._folder = folder
         self._run_id = folder.info.id
@@ -51,18 +53,21 @@ class Delivery:
         self.ending: dict[str, Any] | None = None
         """How the run ended, if there was no room on the disk to write it down."""
         self._reader = SpoolReader(folder.spool, self._delivered_offset)
-        self._pending: deque[Record] = deque()
+        self._outbox = Outbox(lag_steps, state.get("steps", {}) if self._delivered_offset else {})
         self._registry = CheckpointRegistry(client, folder)
 
-    def send(self) -> None:
-        """Deliver all that there is by now: metrics, then the ending if the run has ended, then its checkpoints.
+    def send(self, everything: bool = True) -> None:
+        """Deliver what there is by now: metrics, then the ending if the run has ended, then its checkpoints.
+
+        ``everything`` is for a run that cannot go back any more: no step waits.
 
         Raises:
             MlflowException, SQLAlchemyError, OSError: something did not arrive; the next call goes on from there.
         """
-        self._pending.extend(self._reader.read())
-        while self._pending:
-            self._send_batch()
+        self._outbox.add(self._reader.read())
+        due = deque(self._outbox.due(everything))
+        while due:
+            self._send_batch(due)
         if self.ending_left:
             self._send_ending()
         # Last: what a server may refuse that is older than logged models must not hold up the rest.
@@ -81,13 +86,13 @@ class Delivery:
         """Whether the run has ended and MLflow does not know it yet."""
         return not self._ended and (self.ending is not None or self._folder.ending.exists())
 
-    def _send_batch(self) -> None:
+    def _send_batch(self, due: deque[Record]) -> None:
         from mlflow.entities import Metric
 
-        sizes = itertools.accumulate(len(record.metrics) for record in self._pending)
+        sizes = itertools.accumulate(len(record.metrics) for record in due)
         # At least one record: one that alone is above the limit goes in several requests.
         count = max(1, sum(1 for _ in itertools.takewhile(lambda size: size <= BATCH_METRICS, sizes)))
-        batch = list(itertools.islice(self._pending, count))
+        batch = [due.popleft() for _ in range(min(count, len(due)))]
         metrics = [
             Metric(name, value, record.time_ms, record.step)
             for record in batch
@@ -95,8 +100,7 @@ class Delivery:
         ]
         for start in range(0, len(metrics), BATCH_METRICS):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + BATCH_METRICS], synchronous=True)
-        for _ in batch:
-            self._pending.popleft()
+        self._outbox.sent(batch)
         self._delivered_offset = batch[-1].end
         self._remember()
 
@@ -119,7 +123,8 @@ class Delivery:
 
     def _remember(self) -> None:
         try:
-            write_json(self._folder.delivered, {"offset": self._delivered_offset, "ended": self._ended})
+            state = {"offset": self._delivered_offset, "ended": self._ended, "steps": self._outbox.delivered}
+            write_json(self._folder.delivered, state)
         except OSError as error:
             # No failure of the server: a later command sends again what MLflow has, and it drops that.
             _log.warning("%s cannot be written: %s", self._folder.delivered, error)
@@ -139,12 +144,20 @@ class Drainer:
     """The thread that delivers while a run lasts. Whatever becomes of the server, training does not notice."""
 
     def __init__(
-        self, client: "MlflowClient", folder: RunFolder, lock: RunLock, interval_s: float = INTERVAL_S
+        self,
+        client: "MlflowClient",
+        folder: RunFolder,
+        lock: RunLock,
+        interval_s: float = INTERVAL_S,
+        lag_steps: int = 0,
     ) -> None:
-        """``lock`` is the run's, and is released by the thread when it ends: no other may deliver beside it."""
+        """``lock`` is the run's, and is released by the thread when it ends: no other may deliver beside it.
+
+        ``lag_steps``: as of `Delivery`; until the run is over.
+        """
         self._client = client
         self._lock = lock
-        self._delivery = Delivery(client, folder)
+        self._delivery = Delivery(client, folder, lag_steps)
         self._folder = folder
         self._interval_s = interval_s
         self._finishing = threading.Event()
@@ -198,7 +211,7 @@ class Drainer:
             # Asked before sending: what was written before `finish` was called is then sent for certain.
             finishing = self._finishing.is_set()
             try:
-                self._delivery.send()
+                self._delivery.send(everything=finishing)
                 failures, self._error = 0, None
                 if finishing:
                     self._done = True

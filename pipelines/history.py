@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Self
 
-from pipelines.spool import TRAIN, Record, SpoolReader
+from pipelines.spool import REWIND, TRAIN, Record, SpoolReader, live
 
 UI_POINTS = 320
 """The MLflow UI samples a chart to this many points per run and metric (seen with MLflow 3.17)."""
@@ -23,12 +23,26 @@ class Series:
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
+    def add(self, step: int, value: float) -> None:
+        """Add a point."""
+        self.steps.append(step)
+        self.values.append(value)
+
+    def cut(self, step: int) -> "Series":
+        """Take out the points after ``step`` and return them."""
+        kept = sum(1 for s in self.steps if s <= step)
+        taken = Series(self.steps[kept:], self.values[kept:])
+        del self.steps[kept:], self.values[kept:]
+        return taken
+
 
 @dataclass
 class History:
     """All metrics of a run."""
 
     series: dict[str, Series] = field(default_factory=dict)
+    rewound: dict[str, Series] = field(default_factory=dict)
+    """What steps had measured that were taken back, in the order in which that happened; steps may repeat."""
     first_non_finite: dict[str, int] = field(default_factory=dict)
     """The step at which a metric was first NaN or infinite."""
     first_step: int | None = None
@@ -48,23 +62,34 @@ class History:
     def extend(self, records: Iterable[Record]) -> None:
         """Add newer records."""
         for record in records:
+            if record.kind == REWIND:
+                self._go_back(record.step)
+                continue
             if record.kind == TRAIN:
                 self.first_step = record.step if self.first_step is None else self.first_step
                 self.last_step = record.step
             for name, value in record.metrics.items():
-                series = self.series.setdefault(name, Series())
-                series.steps.append(record.step)
-                series.values.append(value)
+                self.series.setdefault(name, Series()).add(record.step, value)
             for name in record.non_finite:
                 self.first_non_finite.setdefault(name, record.step)
             self._lost -= record.metrics.keys()
             self._lost |= set(record.non_finite)
         self.diverged = not self._lost.isdisjoint(("train/loss", "train/grad_norm", "val/loss"))
 
+    def _go_back(self, step: int) -> None:
+        """What was measured after ``step`` is of a timeline that is over."""
+        self.last_step = min(self.last_step, step)
+        self._lost.clear()  # training goes back to a step that was finite
+        for name, series in self.series.items():
+            taken = series.cut(step)
+            over = self.rewound.setdefault(name, Series())
+            over.steps += taken.steps
+            over.values += taken.values
+
     def last(self, name: str) -> float | None:
         """The last finite value of a metric, None if there is none."""
         series = self.series.get(name)
-        return series.values[-1] if series else None
+        return series.values[-1] if series and series.values else None
 
     def shown(self, name: str) -> float | None:
         """What a metric is now, for people: the last value, NaN if that was not finite."""
@@ -74,7 +99,7 @@ class History:
     def tokens_per_second(self) -> float | None:
         """Median over the steps, without those that carry start-up."""
         series = self.series.get("train/tokens_per_second")
-        return median(steady(series.values)) if series else None
+        return median(steady(series.values)) if series and series.values else None
 
     def finals(self) -> dict[str, float]:
         """Figures of the run's end, finite and rounded: what runs are compared by."""
@@ -112,7 +137,7 @@ class WindowMaximum:
         self._maximum = max(
             (
                 record.metrics[self.metric]
-                for record in records
+                for record in live(records)
                 if start < record.step <= step and self.metric in record.metrics
             ),
             default=-math.inf,

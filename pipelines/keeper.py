@@ -4,14 +4,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
-from moe.state import JSON
+from moe.state import JSON, is_finite
 from moe.trainer import Trainer
 from pipelines import checkpoints
 from pipelines.checkpoint_manifest import CheckpointError, checkpoint_folders, step_of
-from pipelines.checkpoint_standing import condemn, mark, newer_than, newest_valid, prune, standing
+from pipelines.checkpoint_standing import (
+    condemn,
+    mark,
+    newer_than,
+    newest_valid,
+    newest_whole,
+    pin,
+    prune,
+    standing,
+)
 from pipelines.config import CheckpointConfig
+from pipelines.first_rank import from_first_rank
 from pipelines.notes import Note, add_note
 from pipelines.run_folder import RunFolder
 
@@ -33,6 +41,7 @@ class CheckpointKeeper:
         self._timeline = 0
         self._leads = trainer.ranks.rank == 0
         self._unconfirmed: dict[int, Path] = {}
+        self._calm_since = 0
         self._last_complaint = ""
         self.saved_at = 0
 
@@ -45,16 +54,11 @@ class CheckpointKeeper:
             CheckpointError: it does not fit the config, or became damaged since it was found.
         """
         # Rank 0 looks, so that all ranks take the same.
-        found: list[tuple[Path | None, bool]] = [self._look() if self._leads else (None, False)]
-        if self._trainer.ranks.world > 1:
-            dist.broadcast_object_list(found, src=0)
-        path, went_back = found[0]
+        path, went_back = from_first_rank(self._trainer.ranks, self._look)
         self._timeline = int(went_back)
         if path is None:
             return False
-        restored = checkpoints.load(path, self._trainer.state())
-        self._trainer.restore(restored["scalars"])
-        self._timeline += restored["timeline"]
+        self._timeline += self._load(path)["timeline"]
         self.saved_at = self._trainer.steps_done
         if self._leads:
             known = {p: standing(p) for p in checkpoint_folders(self._folder.checkpoints)}
@@ -62,17 +66,60 @@ class CheckpointKeeper:
             self._unconfirmed = {step_of(p): p for p in waiting}
         return True
 
+    def _load(self, path: Path) -> checkpoints.Restored:
+        restored = checkpoints.load(path, self._trainer.state())
+        self._trainer.restore(restored["scalars"])
+        return restored
+
+    def restore_before(self, step: int) -> bool:
+        """Take up the newest valid checkpoint of at most ``step`` steps; whether there was one. Collective."""
+        path = from_first_rank(self._trainer.ranks, lambda: newest_valid(self._folder.checkpoints, step))
+        if path is None:
+            return False
+        self._load(path)
+        return True
+
+    def go_back(self, step: int) -> None:
+        """Training goes on from the state after ``step`` on a new timeline: discard the checkpoints after it.
+
+        Every rank must call it, before the next step.
+        """
+        self._timeline += 1
+        self._unconfirmed = {saved: path for saved, path in self._unconfirmed.items() if saved <= step}
+        earlier = 0
+        if self._leads:
+            for path in checkpoint_folders(self._folder.checkpoints):
+                if step_of(path) > step:
+                    self._try(partial(mark, path, "discarded"), "discarded")
+                elif standing(path).resumable:
+                    earlier = step_of(path)
+        self.saved_at = from_first_rank(self._trainer.ranks, lambda: earlier)
+
+    def restart_confirmation(self, step: int) -> None:
+        """There was an event at ``step``: what is not confirmed by then waits for as many steps without one again."""
+        self._calm_since = step
+
+    def pin(self, step: int, event: str) -> str | None:
+        """Keep the newest whole checkpoint of at most ``step`` steps for a replay of the event; its name. On rank 0."""
+        path = newest_whole(self._folder.checkpoints, step)
+        if path is None or not self._try(partial(pin, path, event), "pinned"):
+            return None
+        return path.name
+
     def save(self, *, required: bool) -> None:
         """Save a checkpoint, then delete what is not needed any more. Collective.
 
         Training goes on without a checkpoint that cannot be written, a full disk for instance: the older ones are as
-        they were, and the run says so in its notes.
+        they were, and the run says so in its notes. A state that is not finite is not saved.
 
         Raises:
             CheckpointError: it cannot be written, and is ``required`` because training ends here.
         """
         step = self._trainer.steps_done
         if self.saved_at == step:
+            return
+        if not is_finite(self._trainer.state(), self._trainer.ranks):
+            self._note(f"the state after step {step} is not finite, so it was not saved")
             return
         try:
             path = checkpoints.save(
@@ -95,17 +142,18 @@ class CheckpointKeeper:
             self._unconfirmed[step] = path
             self._try(partial(prune, self._folder.checkpoints, self._config.keep), "deleted")
 
-    def step_taken(self) -> None:
-        """After every step that was taken: confirm the checkpoints that lie far enough behind."""
-        due = [step for step in self._unconfirmed if step + self._config.confirm_steps <= self._trainer.steps_done]
+    def step_done(self) -> None:
+        """After every step: confirm the checkpoints that lie far enough behind."""
+        calm = self._trainer.steps_done - self._config.confirm_steps
+        due = [step for step in self._unconfirmed if max(step, self._calm_since) <= calm]
         for step in due:
             path = self._unconfirmed[step]
             # What a full disk does not take now is tried again after the next step.
             if not path.exists() or self._try(partial(mark, path, "good"), "confirmed"):
                 del self._unconfirmed[step]
 
-    def event(self, name: str) -> None:
-        """Something is wrong with training at this step: what is not confirmed yet may be poisoned already."""
+    def condemn(self, name: str) -> None:
+        """Training ends here for something that is wrong: what is not confirmed yet may be poisoned already."""
         if self._leads:
             self._try(partial(condemn, self._folder.checkpoints, name), "marked as suspect")
             self._unconfirmed.clear()

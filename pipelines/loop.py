@@ -11,8 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe.config.schedule import StagedSchedule
-from moe.counting import count_parameters
 from moe.parallel import Ranks
 from moe.routing_stats import violation_figures
 from moe.state import JSON
@@ -22,96 +20,18 @@ from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
 from pipelines.errors import UserError
 from pipelines.faults import with_faults
 from pipelines.hf_weights import load_weights
-from pipelines.history import WindowMaximum
 from pipelines.keeper import CheckpointKeeper
 from pipelines.notes import Note, add_note
 from pipelines.outcome import Ending
+from pipelines.recorder import Recorder
+from pipelines.responder import Responder
 from pipelines.run_folder import RunFolder
 from pipelines.run_lock import RunBusyError, writer_lock
 from pipelines.shards import Shards
-from pipelines.spool import START, TRAIN, VALIDATION, SpoolReader, SpoolWriter
 from pipelines.token_table import tabulate
 
 # How long a worker waits for one that a killed command has left behind; Ray ends those within seconds.
 _PREDECESSOR_S = 60.0
-
-
-class _Recorder:
-    """Appends records to the run's spool on rank 0, and does nothing elsewhere."""
-
-    def __init__(self, config: RunConfig, folder: RunFolder, rank: int, start_step: int) -> None:
-        self.config = config
-        self._stages = config.schedule.as_stages() if isinstance(config.schedule, StagedSchedule) else []
-        self.loss_max = WindowMaximum(config.steps, config.tracking.every_steps)
-        self._writer = None
-        self._notes = folder.notes
-        self._recorded = 0
-        self._stage = 0
-        if rank == 0:
-            records = SpoolReader(folder.spool).read()
-            self._recorded = max((record.step for record in records if record.kind == TRAIN), default=0)
-            self.loss_max.restore(records, start_step)
-            self._writer = SpoolWriter(folder.spool)
-
-    def model(self) -> None:
-        """Record how large the model is."""
-        size = count_parameters(self.config.model)
-        figures = {"model/parameters": size.total, "model/active_parameters": size.active}
-        self._write(START, 0, {name: float(figure) for name, figure in figures.items()})
-
-    def step(self, report: Report, seconds: float) -> None:
-        """Record an optimizer step that took ``seconds``."""
-        moment = report.moment
-        metrics = dict(report.metrics)
-        metrics["train/tokens_per_second"] = moment.global_batch_size * moment.sequence_length / seconds
-        if self._stages:
-            metrics["train/stage"] = moment.stage + 1
-            self._note_stage(report)
-        self._note_spikes(report)
-        maximum = self.loss_max.update(report.step, metrics["train/loss"])
-        if maximum is not None:
-            metrics["train/loss_max"] = maximum
-        if self.config.tracking.per_layer:
-            metrics |= {f"moe_max_vio/layer_{i:02}": v for i, v in enumerate(report.layer_max_vio)}
-            metrics |= report.health.by_layer() if report.health is not None else {}
-        is_last = report.step == moment.steps or not report.taken
-        if report.step % self.config.tracking.every_steps == 0 or is_last or report.health is not None:
-            self._write(TRAIN, report.step, metrics)
-
-    def _note_stage(self, report: Report) -> None:
-        """Say that a stage begins; steps that a resumed run repeats have been told of already."""
-        moment = report.moment
-        if moment.stage != self._stage and report.step > self._recorded and self._writer is not None:
-            stages, batch = len(self._stages), f"{moment.global_batch_size} x {moment.sequence_length} tokens"
-            text = f"step {report.step}: stage {moment.stage + 1} of {stages} begins, with batches of {batch}"
-            add_note(self._notes, Note("stage", text))
-        self._stage = moment.stage
-
-    def _note_spikes(self, report: Report) -> None:
-        """Say what stands out; steps that a resumed run repeats have been told of already."""
-        if report.step <= self._recorded or self._writer is None:
-            return
-        for reading in report.readings:
-            if reading.severity == "act" and reading.score is not None:
-                what = "loss" if reading.series == "loss" else "gradient norm"
-                text = (
-                    f"step {report.step}: {what} {reading.value:.4g} is {reading.score:.1f} robust standard deviations"
-                    f" above the {reading.baseline:.4g} that was to be expected"
-                )
-                add_note(self._notes, Note("spike", text))
-
-    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record a validation."""
-        self._write(VALIDATION, step, metrics)
-
-    def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        if self._writer is not None:
-            self._writer.write(kind, step, metrics)
-
-    def close(self) -> None:
-        """Finish the spool."""
-        if self._writer is not None:
-            self._writer.close()
 
 
 def validate(trainer: Trainer, batches: ValidationBatches) -> dict[str, float]:
@@ -134,6 +54,8 @@ class StepDone:
     """Of the step alone, on this rank."""
     validation: Mapping[str, float] | None = None
     """Where the step was followed by a validation."""
+    rewound_to: int | None = None
+    """Where training went back after it: the optimizer steps done in the state that it goes on from."""
 
 
 Steps = Generator[StepDone, None, Ending]
@@ -186,11 +108,15 @@ def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, i
             _check_start(trainer)
     if ranks.rank == 0 and folder.spool.exists():
         add_note(folder.notes, Note("resume", f"training goes on after step {trainer.steps_done}"))
-    recorder = _Recorder(config, folder, ranks.rank, trainer.steps_done)
+    responder = Responder(config.response, trainer, training, keeper, folder)
+    trainer.hooks.append(responder)
+    recorder = Recorder(config, folder, ranks.rank, trainer.steps_done)
+    recorder.make_up(responder.journal.rewinds)
     recorder.model()
     try:
-        return (yield from _steps(trainer, held_out, recorder, keeper, folder))
+        return (yield from _steps(trainer, held_out, recorder, keeper, responder, folder))
     finally:
+        responder.finish()
         recorder.close()
 
 
@@ -212,10 +138,15 @@ def _metadata(config: RunConfig, shards: Shards) -> dict[str, JSON]:
 
 
 def _steps(
-    trainer: Trainer, held_out: ValidationBatches, recorder: _Recorder, keeper: CheckpointKeeper, folder: RunFolder
+    trainer: Trainer,
+    held_out: ValidationBatches,
+    recorder: Recorder,
+    keeper: CheckpointKeeper,
+    responder: Responder,
+    folder: RunFolder,
 ) -> Steps:
     config: RunConfig = recorder.config
-    steps, every = config.steps, config.checkpoint.every_steps
+    steps = config.steps
     while trainer.steps_done < steps:
         clock = time.perf_counter()
         # Looked for by one rank and carried to all by the step's own exchange: they stop at the same boundary.
@@ -223,26 +154,49 @@ def _steps(
             trainer.request("stop")
         report = trainer.step()
         seconds = time.perf_counter() - clock
-        recorder.step(report, seconds)
-        if not report.taken:
-            keeper.event(f"non-finite at step {report.step}")
+        recorder.step(report, seconds, responder.journal.events, responder.at_spike)
+        response = responder.after_step(report, seconds)
+        if response.ending is not None:
             yield StepDone(report, seconds)
-            return Ending("diverged", report.step, f"loss or gradient was not finite at step {report.step}")
-        keeper.step_taken()
-        last, stop = report.step == steps, "stop" in report.requests
-        validation = None
-        if report.step % config.validation.every_steps == 0 or last:
-            validation = validate(trainer, held_out)
-            recorder.validation(report.step, validation)
-        if last and config.validation.per_token:
-            table = tabulate(trainer, held_out)
-            if trainer.ranks.rank == 0:
-                table.write(folder.tokens)
-        if stop or (last and config.checkpoint.at_end):
-            keeper.save(required=True)
-        elif "save" in report.requests or (every and report.step % every == 0):
-            keeper.save(required=False)
+            return response.ending
+        stop = "stop" in report.requests
+        if response.rewound_to is not None:
+            recorder.rewind(response.rewound_to)
+            if stop:
+                keeper.save(required=True)
+            yield StepDone(report, seconds, rewound_to=response.rewound_to)
+            if stop:
+                return Ending("stopped", trainer.steps_done, f"asked to stop at step {report.step}")
+            continue
+        validation = _round_off(trainer, report, held_out, recorder, keeper, folder)
         yield StepDone(report, seconds, validation)
-        if stop and not last:
+        if stop and report.step < steps:
             return Ending("stopped", report.step, f"asked to stop at step {report.step}")
     return Ending("finished", steps)
+
+
+def _round_off(
+    trainer: Trainer,
+    report: Report,
+    held_out: ValidationBatches,
+    recorder: Recorder,
+    keeper: CheckpointKeeper,
+    folder: RunFolder,
+) -> dict[str, float] | None:
+    """What stands between a step that holds and the next: validation and checkpoint, if it is time. Collective."""
+    config, last = recorder.config, report.step == recorder.config.steps
+    keeper.step_done()
+    validation = None
+    if report.step % config.validation.every_steps == 0 or last:
+        validation = validate(trainer, held_out)
+        recorder.validation(report.step, validation)
+    if last and config.validation.per_token:
+        table = tabulate(trainer, held_out)
+        if trainer.ranks.rank == 0:
+            table.write(folder.tokens)
+    every = config.checkpoint.every_steps
+    if "stop" in report.requests or (last and config.checkpoint.at_end):
+        keeper.save(required=True)
+    elif "save" in report.requests or (every and report.step % every == 0):
+        keeper.save(required=False)
+    return validation

@@ -7,6 +7,7 @@ any position on its own.
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,16 +57,25 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(33))
 
 
+class Skip(NamedTuple):
+    """A sample that is not to be read any more."""
+
+    sample: int
+    position: int = 0
+    """From here on; what was read before stays as it was, so that a resumed run repeats it bit for bit."""
+
+
 class SampleOrder:
     """Which sample stands at each position of the endless sequence of epochs.
 
     Every epoch holds each of ``num_samples`` samples once, in an order of its own. A sample in ``skipped`` is replaced,
-    in every epoch, by the next of a reserve order over the same samples that was not skipped by then; all other
-    positions stay as they are. A replacement that is skipped later is replaced in turn, so a longer list never moves
-    what an earlier skip had settled. Nothing else keeps a sample from coming twice in an epoch after a skip.
+    from its position on and in every epoch, by the next of a reserve order over the same samples that was not skipped
+    by then; all other positions stay as they are. A replacement that is skipped later is replaced in turn, so a longer
+    list never moves what an earlier skip had settled. Nothing else keeps a sample from coming twice in an epoch after a
+    skip.
     """
 
-    def __init__(self, num_samples: int, seed: int, split: str = "train", skipped: Sequence[int] = ()) -> None:
+    def __init__(self, num_samples: int, seed: int, split: str = "train", skipped: Sequence[Skip] = ()) -> None:
         self._num_samples = num_samples
         self._seed = seed
         self._split = split
@@ -82,16 +92,24 @@ class SampleOrder:
         if self._replacements:
             # Chains end: a replacement is not yet skipped when it is chosen, so each link is newer than the one before.
             for at in np.flatnonzero(np.isin(samples, list(self._replacements))):
-                while (sample := int(samples[at])) in self._replacements:
-                    samples[at] = self._replacements[sample]
+                samples[at] = self._instead(int(samples[at]), int(positions[at]))
         return samples
 
-    def _replace(self, skipped: Sequence[int]) -> dict[int, int]:
-        if len(set(skipped)) >= self._num_samples:
+    def _instead(self, sample: int, position: int) -> int:
+        while sample in self._replacements:
+            from_position, replacement = self._replacements[sample]
+            if position < from_position:
+                break
+            sample = replacement
+        return sample
+
+    def _replace(self, skipped: Sequence[Skip]) -> dict[int, tuple[int, int]]:
+        """Of each skipped sample: from which position on it is replaced, and by what."""
+        if len({skip.sample for skip in skipped}) >= self._num_samples:
             raise ValueError(f"all {self._num_samples} samples are skipped")
         reserve = self._reserve()
-        replacements: dict[int, int] = {}
-        for sample in skipped:
+        replacements: dict[int, tuple[int, int]] = {}
+        for sample, position in skipped:
             if not 0 <= sample < self._num_samples:
                 raise ValueError(f"skipped sample {sample} is not one of {self._num_samples}")
             if sample in replacements:
@@ -99,7 +117,7 @@ class SampleOrder:
             candidate = sample
             while candidate == sample or candidate in replacements:
                 candidate = next(reserve)
-            replacements[sample] = candidate
+            replacements[sample] = (position, candidate)
         return replacements
 
     def _reserve(self) -> Iterator[int]:

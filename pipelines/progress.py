@@ -18,7 +18,7 @@ from rich.text import Text
 from pipelines.history import WARM_UP_STEPS
 from pipelines.notes import read_notes
 from pipelines.run_folder import RunFolder
-from pipelines.spool import TRAIN, VALIDATION, Record, SpoolReader
+from pipelines.spool import REWIND, TRAIN, VALIDATION, Record, SpoolReader, live
 
 # Also how often a bar is drawn again.
 _POLL_S = 0.25
@@ -50,6 +50,8 @@ class Standing:
         self.values.update(record.metrics)
         self.values.update(dict.fromkeys(record.non_finite, math.nan))
         self.time_ms = record.time_ms
+        if record.kind == REWIND:
+            self.step = record.step
         if record.kind != TRAIN:
             return
         self.step = record.step
@@ -128,7 +130,7 @@ class LiveView:
         self._live.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def show(self, standing: Standing, record: Record) -> None:
-        if record.kind == TRAIN:
+        if record.kind in (TRAIN, REWIND):
             self._progress.update(self._task, description="training", completed=standing.step)
         self._live.update(self._draw(standing.figures()))
 
@@ -187,7 +189,7 @@ class RunProgress:
         self._notes = folder.notes
         self._notes_seen = len(read_notes(folder.notes))
         self._reader = SpoolReader(folder.spool)
-        seen = max((record.step for record in self._reader.read() if record.kind == TRAIN), default=0)
+        seen = max((record.step for record in live(self._reader.read()) if record.kind == TRAIN), default=0)
         self._standing = Standing(total_steps, seen)
         self._view: View = LiveView(console, total_steps, seen) if console.is_terminal else LineView(console)
         self._ended = threading.Event()

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from moe.config.anticipation import AnticipationConfig, TriggeredAnticipationConfig
 from moe.config.base import Config
 
 Rung = Literal["record", "skip_step", "rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr"]
@@ -82,13 +83,18 @@ class LadderResponseConfig(Config):
 ResponseConfig = Annotated[RecordResponseConfig | LadderResponseConfig, Field(discriminator="kind")]
 
 
-def response_problem(response: ResponseConfig, can_anticipate: bool) -> str | None:
-    """Why the response cannot work in a run, in one line that begins with the key; None if it can."""
-    if isinstance(response, RecordResponseConfig):
-        return None
-    if "rewind_anticipate" in response.rungs and not can_anticipate:
+def response_problem(response: ResponseConfig, anticipation: AnticipationConfig) -> str | None:
+    """Why the response and what triggers anticipatory routing do not go together, in one line; None if they do."""
+    triggered = isinstance(anticipation, TriggeredAnticipationConfig)
+    asked = isinstance(response, LadderResponseConfig) and "rewind_anticipate" in response.rungs
+    if asked and not triggered:
         return (
             "response.rungs has rewind_anticipate, which needs stability.anticipation.kind=triggered; set that, or "
             "leave the rung out"
+        )
+    if isinstance(anticipation, TriggeredAnticipationConfig) and not anticipation.at_steps and not asked:
+        return (
+            "stability.anticipation.kind is triggered, but nothing triggers it: put rewind_anticipate into "
+            "response.rungs, or name steps in stability.anticipation.at_steps"
         )
     return None

@@ -3,6 +3,7 @@
 A line is ``{"kind": str, "step": int, "time_ms": int, "metrics": {name: float}}``, with ``"non_finite": [name, ...]``
 where values were NaN or infinite. Steps are optimizer steps, counted from 1; times are milliseconds since 1970. The
 file is what MLflow is fed from, so training never waits for a tracking server, and nothing is lost when one is down.
+Records are in the order in which things happened: training may go back, and then steps come again (`REWIND`).
 """
 
 import errno
@@ -12,7 +13,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,9 @@ TRAIN = "train"
 """Kind of the records of optimizer steps."""
 VALIDATION = "validation"
 """Kind of the records of validations."""
+REWIND = "rewind"
+"""Kind of the records that training went back to the state after their step. Later records repeat the steps after it;
+what those steps had measured before is of a timeline that is over."""
 
 _MOST_WAITING = 10_000
 
@@ -96,14 +100,29 @@ class SpoolReader:
         return records
 
 
+def live(records: Iterable[Record]) -> list[Record]:
+    """The records of the timeline that holds, the rewinds themselves left out."""
+    kept: list[Record] = []
+    for record in records:
+        if record.kind == REWIND:
+            kept = [earlier for earlier in kept if earlier.step <= record.step]
+        else:
+            kept.append(record)
+    return kept
+
+
 def records_of_step(path: Path, step: int) -> list[Record]:
-    """Records of one step. Other lines are passed over without being parsed: a long run's file takes 0.1 s."""
+    """Records of one step, the last of each kind.
+
+    Other lines are passed over without being parsed: a long run's file takes 0.1 s.
+    """
     mark = f'"step":{step},'.encode()
     try:
         with path.open("rb") as file:
-            return [Record.from_line(line) for line in file if mark in line and line.endswith(b"\n")]
+            found = [Record.from_line(line) for line in file if mark in line and line.endswith(b"\n")]
     except FileNotFoundError:
         return []
+    return list({record.kind: record for record in found if record.kind != REWIND}.values())
 
 
 class SpoolWriter:
@@ -111,13 +130,17 @@ class SpoolWriter:
 
     Opening cuts off a last line that a killed writer left torn. A record whose step is not above the last one of its
     kind is skipped: a resumed run repeats steps bit for bit, and MLflow, which cannot delete points, must not get them
-    twice with two times.
+    twice with two times. After a rewind the steps that follow it are new ones.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         reader = SpoolReader(path)
-        self._last_steps = {record.kind: record.step for record in reader.read()}
+        self._last_steps: dict[str, int] = {}
+        self.rewinds = 0
+        """Rewinds that the file tells of."""
+        for record in reader.read():
+            self._see(record.kind, record.step)
         self._end = reader.offset
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.ftruncate(self._file, self._end)
@@ -131,7 +154,25 @@ class SpoolWriter:
         """
         if step <= self._last_steps.get(kind, -1):
             return
-        self._last_steps[kind] = step
+        self._append(kind, step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Record that training went back to the state after ``step``: the next steps are others than they were."""
+        self._append(REWIND, step, {})
+
+    def last_step(self, kind: str) -> int:
+        """The last step of a kind in the timeline that holds, 0 without one."""
+        return self._last_steps.get(kind, 0)
+
+    def _see(self, kind: str, step: int) -> None:
+        if kind == REWIND:
+            self.rewinds += 1
+            self._last_steps = {other: min(last, step) for other, last in self._last_steps.items()}
+        else:
+            self._last_steps[kind] = step
+
+    def _append(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._see(kind, step)
         self._waiting.append(Record.measured(kind, step, metrics).to_line())
         try:
             self._flush()

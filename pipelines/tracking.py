@@ -29,6 +29,7 @@ from pipelines.flatten import Scalar, flatten
 from pipelines.history import History
 from pipelines.home import runs_dir
 from pipelines.loading import dump_config
+from pipelines.response_config import LadderResponseConfig
 from pipelines.run_folder import RunFolder, RunInfo, free_name, read_json, run_folders, write_json, write_whole
 from pipelines.run_lock import RunBusyError, RunLock, writer_lock
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
@@ -89,7 +90,9 @@ class Tracker:
         self.figures: dict[str, float] = {}
         """Further figures of the run's end, finite: metrics at step 0."""
         self._ending: tuple[Status, str | None] | None = None
-        self._drainer = Drainer(store.client, folder, lock)
+        response = config.response
+        lag = response.window_steps if isinstance(response, LadderResponseConfig) else 0
+        self._drainer = Drainer(store.client, folder, lock, lag_steps=lag)
 
     @classmethod
     def start(

@@ -6,6 +6,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -29,10 +30,11 @@ from pipelines.interrupts import Interrupts
 from pipelines.job import job_tags, run_in_job
 from pipelines.loading import load_config
 from pipelines.orphans import end_orphans_in_background
-from pipelines.outcome import Outcome
+from pipelines.outcome import Ending, Outcome
 from pipelines.progress import RunProgress
 from pipelines.ray_session import ray_session, refuse_impossible_cluster
 from pipelines.run_folder import RunFolder, find_run
+from pipelines.spike_report import write_spike_report
 from pipelines.summary import print_summary
 from pipelines.text import dataset_info, fit_to_text, prepare_shown
 from pipelines.tracking import Tracker
@@ -92,7 +94,10 @@ def run(arguments: TrainArguments) -> int:
             if (status := _STATUS[ending.outcome]) != "FINISHED":
                 tracker.end_as(status, ending.reason)
             _draw(config, tracker.folder, progress)
+            report = _report_spikes(tracker.folder, ending, progress)
     print_summary(tracker.folder, time.monotonic() - started, console)
+    if report is not None:
+        _print(console, f"Spikes    {report}")
     if tracker.undelivered:
         _print(console, tracker.undelivered)
     if ending.outcome == "refused":
@@ -113,6 +118,15 @@ def _draw(config: RunConfig, folder: RunFolder, progress: RunProgress) -> None:
     except OSError as error:
         # A full disk. How the run ended is worth more than its picture.
         progress.say(f"The picture of the run could not be drawn: {error}")
+
+
+def _report_spikes(folder: RunFolder, ending: Ending, progress: RunProgress) -> Path | None:
+    """Write the report of the run's spikes, if there were any."""
+    try:
+        return write_spike_report(folder, ending.reason if ending.outcome == "diverged" else None)
+    except OSError as error:
+        progress.say(f"The report of the run's spikes could not be written: {error}")
+        return None
 
 
 def _print(console: Console, text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines.loop import StepDone
 from pipelines.run_folder import RunFolder
-from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter
+from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter, live
 from tuning.series import Series
 
 # Of all that a step reports, what measures are made of; MLflow has the rest, not of every step.
@@ -32,15 +32,17 @@ class SeriesRecorder:
         self._writer = SpoolWriter(self._file)
 
     def add(self, done: StepDone) -> None:
-        """One step; one that is repeated after a restart is known already."""
+        """One step; one that is repeated after a restart is known already, one after a rewind is another."""
         found = {**done.report.metrics, "train/step_seconds": done.seconds}
         self._writer.write(TRAIN, done.report.step, {name: found[name] for name in _METRICS if name in found})
         if done.validation is not None:
             self._writer.write(VALIDATION, done.report.step, done.validation)
+        if done.rewound_to is not None:
+            self._writer.rewind(done.rewound_to)
 
     def series(self, outcome: str) -> Series:
         """What there is by now. A metric that a step lacks (one that was not taken has no clip) is NaN."""
-        records = SpoolReader(self._file).read()
+        records = live(SpoolReader(self._file).read())
         train = {record.step: record for record in records if record.kind == TRAIN}
         steps = [train[step].metrics if step in train else {} for step in range(1, max(train, default=0) + 1)]
         named = {name for record in train.values() for name in (*record.metrics, *record.non_finite)}

@@ -52,6 +52,10 @@ def _of(study: str, problems: str) -> UserError:
     return UserError("\n".join(f"{study}: {line}" for line in problems.splitlines()))
 
 
+# An arm is to show what it does to spikes, which an answer to them would hide.
+_DEFAULT: Tree = {"response": {"kind": "record"}}
+
+
 def trial_configs(study: StudyConfig) -> list[RunConfig]:
     """The configs of one block."""
     return [trial_config(study, key) for key in _block(study)]
@@ -78,7 +82,7 @@ def trial_config(study: StudyConfig, key: TrialKey, matched: Tree | None = None)
         UserError: it does not hold; one line a problem, naming the part of the study.
     """
     arm = study.arms[key.arm]
-    trees: dict[str, Tree] = {"config": study.config, SETTINGS: settings_tree(study.settings)}
+    trees: dict[str, Tree] = {"default": _DEFAULT, "config": study.config, SETTINGS: settings_tree(study.settings)}
     for preset in arm.base:
         try:
             name, document = read_document(preset, PRESETS, "preset")

@@ -36,8 +36,8 @@ class TriggeredAnticipationConfig(Config):
     """Steps that a trigger lasts, the first of which, that fills the queue, routes as ever; a trigger in the meantime
     counts from anew. A value of this project."""
     at_steps: list[PositiveInt] = Field(default_factory=list)
-    """Triggers: the mode is on from the step after each of these (optimizer steps, counted from 1), as after a spike
-    there."""
+    """Triggers besides those that come from outside (`moe.trainer.Trainer.anticipate`): the mode is on from the step
+    after each of these (optimizer steps, counted from 1), as after a spike there."""
 
 
 AnticipationConfig = Annotated[
@@ -62,8 +62,6 @@ def anticipation_problem(anticipation: AnticipationConfig, moe: MoeConfig, steps
                 f"{name}.steps ({anticipation.steps}) ends the mode before its lag ({anticipation.lag}) is reached; "
                 f"make it at least {anticipation.lag + 1}"
             )
-        if not anticipation.at_steps:
-            return f"{kind}, but nothing triggers it: name steps in {name}.at_steps"
         if late := [step for step in anticipation.at_steps if step >= steps]:
             return f"{name}.at_steps: there is no step after step {late[0]} of {steps} in all"
     return None

@@ -98,6 +98,11 @@ class RobustScore:
         ring[-1] = value
         self._counts[count] = min(int(self._counts[count]) + 1, len(ring))
 
+    def forget(self) -> None:
+        """Begin anew, without a past."""
+        for ring in (self._past, self._kept_out, self._counts):
+            ring.zero_()
+
     def state(self) -> dict[str, torch.Tensor]:
         """Values that count, values kept out since the last that does, fp64 both, and how many there are of each."""
         return {"past": self._past, "kept_out": self._kept_out, "counts": self._counts}
@@ -122,6 +127,11 @@ class SpikeDetector:
         """What to make of both. A step with a value that is not finite leaves the past of both as it was."""
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         return self._judge("loss", loss, is_finite), self._judge("grad_norm", grad_norm, is_finite)
+
+    def forget(self) -> None:
+        """What comes is not to be compared with what was: a stage of the schedule begins, with other batches."""
+        for part in self._scores.values():
+            part.forget()
 
     def _judge(self, series: Series, value: float, is_finite: bool) -> Reading:
         if not math.isfinite(value):

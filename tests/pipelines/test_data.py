@@ -165,11 +165,21 @@ def test_seed_changes_the_order(dataset: TokenDataset) -> None:
 def test_skipped_samples_are_replaced_where_they_stood(dataset: TokenDataset) -> None:
     before = _train(dataset, 1)
     bad = before.sample_ids(2)[[1, 5]].tolist()
-    after = TrainBatches(dataset, _config(), 0, 1, skipped=bad)
+    after = _train(dataset, 1)
+    after.skip(bad, 0)
     for step in range(2 * len(dataset) // 8):
         old, new = before.sample_ids(step), after.sample_ids(step)
         np.testing.assert_array_equal(old != new, np.isin(old, bad))
         assert not np.isin(new, bad).any()
+
+
+def test_samples_that_are_skipped_from_a_step_on_were_read_before_it(dataset: TokenDataset) -> None:
+    before, after = _train(dataset, 1), _train(dataset, 1)
+    epoch = len(dataset) // 8 + 1
+    bad = before.sample_ids(2).tolist()
+    after.skip(bad, epoch)
+    assert all(after.sample_ids(step).tolist() == before.sample_ids(step).tolist() for step in range(epoch))
+    assert not any(np.isin(after.sample_ids(step), bad).any() for step in range(epoch, 2 * epoch))
 
 
 def test_documents_of_a_step_are_those_of_its_samples(dataset: TokenDataset) -> None:

@@ -82,7 +82,7 @@ def test_a_stage_that_begins_is_noted_once_even_if_the_run_is_cut_off(tmp_path: 
 
 def test_every_spike_of_the_loss_is_noted_once_even_if_the_run_is_cut_off(tmp_path: Path) -> None:
     limits = "detector={kind: robust, warn: 0.7, act: 0.7, window: 20}"  # so that noise will do
-    settings = ("schedule.steps=48", "checkpoint.every_steps=20", limits)
+    settings = ("schedule.steps=48", "checkpoint.every_steps=20", "response.kind=record", limits)
     run = RunFolder(tmp_path / "run")
     ending = run_loop(0, 1, run.path, settings)
     shutil.rmtree(run.checkpoints / f"step-{ending.step:08}")

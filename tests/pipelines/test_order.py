@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.order import Permutation, SampleOrder
+from pipelines.order import Permutation, SampleOrder, Skip
 
 WORD = 2**64
 
@@ -103,8 +103,8 @@ def test_a_skip_changes_the_positions_of_its_sample_and_no_other(size: int, seed
     skipped = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=min(8, size - 1), unique=True))
     positions = np.arange(2 * size)
     for count in range(1, len(skipped) + 1):
-        before = SampleOrder(size, seed, skipped=skipped[: count - 1])(positions)
-        after = SampleOrder(size, seed, skipped=skipped[:count])(positions)
+        before = SampleOrder(size, seed, skipped=_skips(skipped[: count - 1]))(positions)
+        after = SampleOrder(size, seed, skipped=_skips(skipped[:count]))(positions)
         np.testing.assert_array_equal(before != after, before == skipped[count - 1])
         assert not set(after.tolist()) & set(skipped[:count])
 
@@ -114,7 +114,7 @@ def test_skips_take_the_reserve_in_turn_leaving_out_skipped_ones() -> None:
     plain = SampleOrder(size, seed)(np.arange(size)).tolist()
     reserve = plain_permutation(size, "reserve\0train\x003")
     skipped = [reserve[1], reserve[7], reserve[9]]
-    read = SampleOrder(size, seed, skipped=skipped)(np.arange(size)).tolist()
+    read = SampleOrder(size, seed, skipped=_skips(skipped))(np.arange(size)).tolist()
     assert [read[plain.index(sample)] for sample in skipped] == [reserve[0], reserve[2], reserve[3]]
 
 
@@ -122,18 +122,35 @@ def test_a_replacement_that_is_skipped_later_is_replaced_in_turn() -> None:
     size, seed = 100, 2
     plain = SampleOrder(size, seed)(np.arange(size)).tolist()
     reserve = plain_permutation(size, "reserve\0train\x002")
-    read = SampleOrder(size, seed, skipped=[reserve[5], reserve[0]])(np.arange(size)).tolist()
+    read = SampleOrder(size, seed, skipped=_skips([reserve[5], reserve[0]]))(np.arange(size)).tolist()
     assert Counter(read) == Counter(plain) - Counter([reserve[5], reserve[0]]) + Counter([reserve[1]] * 2)
+
+
+def test_what_stood_before_the_position_of_a_skip_stays_in_every_epoch_before_it() -> None:
+    size = 30
+    plain = SampleOrder(size, 4)(np.arange(3 * size))
+    bad = int(plain[size + 7])
+    first, replacement = Skip(bad, size + 5), int(SampleOrder(size, 4, skipped=[Skip(bad)])(np.array([size + 7]))[0])
+    read = SampleOrder(size, 4, skipped=[first])(np.arange(3 * size))
+    np.testing.assert_array_equal(read != plain, (plain == bad) & (np.arange(3 * size) >= size + 5))
+    again = SampleOrder(size, 4, skipped=[first, Skip(replacement, 2 * size)])(np.arange(3 * size))
+    assert again[size + 7] == replacement  # as it was read when nothing was known against it
+    np.testing.assert_array_equal(again[: 2 * size], read[: 2 * size])
+    assert not {bad, replacement} & set(again[2 * size :].tolist())
 
 
 def test_naming_a_skipped_sample_twice_is_naming_it_once() -> None:
     positions = np.arange(20)
-    once, twice = (SampleOrder(20, 0, skipped=skipped)(positions) for skipped in ([4, 9], [4, 4, 9, 4]))
+    once, twice = (SampleOrder(20, 0, skipped=_skips(skipped))(positions) for skipped in ([4, 9], [4, 4, 9, 4]))
     np.testing.assert_array_equal(once, twice)
 
 
 def test_impossible_skips_are_refused() -> None:
     with pytest.raises(ValueError, match="all 3 samples are skipped"):
-        SampleOrder(3, 0, skipped=[0, 1, 2])
+        SampleOrder(3, 0, skipped=_skips([0, 1, 2]))
     with pytest.raises(ValueError, match="skipped sample 3 is not one of 3"):
-        SampleOrder(3, 0, skipped=[3])
+        SampleOrder(3, 0, skipped=_skips([3]))
+
+
+def _skips(samples: list[int]) -> list[Skip]:
+    return [Skip(sample) for sample in samples]
