@@ -14,7 +14,7 @@ from moe.parallel import join
 from moe.trainer import Trainer
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches
-from pipelines.faults import corrupted_steps, with_faults
+from pipelines.faults.batches import corrupted_steps, with_faults
 from pipelines.prepare import prepare
 from pipelines.shards import Shards
 from tests.pipelines.plain_corpus import write_corpus
@@ -41,7 +41,7 @@ def _config(*faults: dict[str, Any], steps: int = STEPS, seed: int = 0, workers:
             "schedule": {"kind": "simple", "steps": steps, "warmup_steps": 1},
             "parallel": {"workers": workers},
             "data": {"global_batch_size": 8, "sequence_length": S, **data},
-            "faults": list(faults),
+            "faults": [{"kind": "corrupted_batches", **fault} for fault in faults],
         }
     )
 
