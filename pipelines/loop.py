@@ -15,6 +15,7 @@ from moe.parallel import Ranks
 from moe.routing_stats import violation_figures
 from moe.state import JSON
 from moe.trainer import Report, Trainer
+from pipelines.comeback import Comeback
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
 from pipelines.errors import UserError
@@ -110,7 +111,7 @@ def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, i
     if ranks.rank == 0 and folder.spool.exists():
         add_note(folder.notes, Note("resume", f"training goes on after step {trainer.steps_done}"))
     responder = Responder(config.response, trainer, training, keeper, folder)
-    trainer.hooks += [responder, *fault_hooks(config, trainer, folder)]
+    trainer.hooks += [responder, *fault_hooks(config, trainer, folder), Comeback(trainer, folder)]
     recorder = Recorder(config, folder, ranks.rank, trainer.steps_done)
     recorder.make_up(responder.journal.rewinds)
     recorder.model()
