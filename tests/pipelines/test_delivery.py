@@ -8,7 +8,7 @@ import pytest
 from pipelines import tracking
 from pipelines.delivery import BATCH_METRICS, Delivery, deliver
 from pipelines.run_folder import read_json, write_json
-from pipelines.spool import TRAIN, SpoolWriter
+from pipelines.spool import TRAIN, VALIDATION, SpoolWriter
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import TrackingStore, open_store
 from tests.pipelines.mlflow_server import Server, wait_until
@@ -18,7 +18,7 @@ from tests.pipelines.tracked import DATASET, checkpoint, checkpoints_in, config,
 def test_a_crash_after_sending_leaves_every_point_once(store: TrackingStore) -> None:
     with Tracker.start(config(), store, dataset=DATASET) as tracker:
         train(tracker.folder, 1, 600)
-    assert read_json(tracker.folder.delivered) == {"offset": tracker.folder.spool.stat().st_size, "ended": True}
+    assert read_json(tracker.folder.delivered) == {"offset": tracker.folder.spool.stat().st_size, "ended": True, "steps": {TRAIN: 600, VALIDATION: 600}}
     second_line = tracker.folder.spool.read_bytes().index(b"\n") + 1
     write_json(tracker.folder.delivered, {"offset": second_line, "ended": False})
     again = Delivery(store.client, tracker.folder)
