@@ -18,7 +18,9 @@ from tests.pipelines.tracked import DATASET, checkpoint, checkpoints_in, config,
 def test_a_crash_after_sending_leaves_every_point_once(store: TrackingStore) -> None:
     with Tracker.start(config(), store, dataset=DATASET) as tracker:
         train(tracker.folder, 1, 600)
-    assert read_json(tracker.folder.delivered) == {"offset": tracker.folder.spool.stat().st_size, "ended": True, "steps": {TRAIN: 600, VALIDATION: 600}}
+    steps = {TRAIN: 600, VALIDATION: 600}
+    size = tracker.folder.spool.stat().st_size
+    assert read_json(tracker.folder.delivered) == {"offset": size, "ended": True, "steps": steps}
     second_line = tracker.folder.spool.read_bytes().index(b"\n") + 1
     write_json(tracker.folder.delivered, {"offset": second_line, "ended": False})
     again = Delivery(store.client, tracker.folder)
