@@ -44,6 +44,25 @@ def test_a_spool_that_is_another_file_than_the_delivered_one_is_sent_from_its_st
     assert points(store.client, tracker.folder, "train/loss") == [(step, 5 / step) for step in range(1, 31)]
 
 
+def test_steps_that_were_taken_back_stand_apart_and_training_has_one_value_a_step(store: TrackingStore) -> None:
+    with Tracker.start(config(), store, dataset=DATASET) as tracker:
+        train(tracker.folder, 1, 40)
+        delivery = Delivery(store.client, tracker.folder, lag_steps=15)
+        delivery.send(everything=False)
+        assert [step for step, _ in points(store.client, tracker.folder, "train/loss")] == list(range(1, 26))
+        with SpoolWriter(tracker.folder.spool) as writer:
+            writer.rewind(30)
+            for step in range(31, 46):
+                writer.write(TRAIN, step, {"train/loss": 7.0})
+    assert points(store.client, tracker.folder, "train/loss") == [
+        *((step, 5 / step) for step in range(1, 31)),
+        *((step, 7.0) for step in range(31, 46)),
+    ]
+    assert points(store.client, tracker.folder, "rewound/loss") == [(step, 5 / step) for step in range(31, 41)]
+    assert points(store.client, tracker.folder, "rewound/val_loss") == [(40, 6 / 40)]
+    assert store.client.get_run(tracker.info.id).data.metrics["final/loss"] == 7.0
+
+
 def test_a_record_above_the_limit_of_a_request_arrives(store: TrackingStore) -> None:
     metrics = {f"moe_load/expert_{number:04}": float(number) for number in range(2 * BATCH_METRICS + 1)}
     with Tracker.start(config(), store, dataset=DATASET) as tracker, SpoolWriter(tracker.folder.spool) as writer:
