@@ -6,7 +6,7 @@ from pipelines.journal import Journal
 from pipelines.response_config import LadderResponseConfig, RecordResponseConfig, ResponseConfig, Rung
 from pipelines.spike_event import Action, Kind
 
-_REWINDS = ("rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr")
+_REWINDS = ("rewind", "rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def answer(config: ResponseConfig, journal: Journal, kind: Kind, step: int) -> A
             blameless = kind == "replica_mismatch" and config.rungs[number] == "rewind_skip_samples"
             return Answer("rewind" if blameless else config.rungs[number], number + 1)
         limits.add(obstacle)
+    if config.after_last == "record" and kind in ("loss", "grad_norm"):
+        return Answer("record", len(config.rungs))
     limits.discard("")
     why = f"no answer of response.rungs is left for the {_WORDS[kind]} at step {step}"
     return Answer("abort", rung, why + (f" ({', '.join(sorted(limits))} reached)" if limits else ""))

@@ -1,6 +1,6 @@
 """How good the spike detector is: false alarms on undisturbed runs, and which events of known size it sees.
 
-    python -m tests.benchmarks.detector FILE
+    python -m tests.benchmarks.detector FILE [PICTURE]
 
 FILE is one of tests/traces, made by tests.benchmarks.clean_traces. Events are laid into its series at places that are
 drawn at random, one at a time. Their height is over what was to be seen there, a centred median of 21 values, in units
@@ -8,7 +8,8 @@ of the scatter there: 1.4826 times the median absolute deviation from that media
 future and nothing of the detector. Gradient norms are in logarithms. The rule that is compared is that of public
 trainers: above the mean of the last 128 values by 6 of their standard deviations, all values kept.
 
-Printed are false alarms per 10,000 steps, and the share of events that are seen in time.
+Printed are false alarms per 10,000 steps, and the share of events that are seen in time; PICTURE shows those of the
+loss.
 """
 
 import math
@@ -24,7 +25,9 @@ import numpy as np
 
 from moe.config.detector import RobustDetectorConfig
 from moe.stability.detector import Series, Severity, SpikeDetector
+from pipelines.plotting import BLUE, DPI, GREEN, GRID, INK, ORANGE, WIDTH, frame
 
+ROLLING = "mean + 6 sigma"
 _SIZES = {"loss": (4, 6, 8, 9, 10, 12, 16), "grad_norm": (10, 20, 30, 40, 60)}
 _PLACES = 20
 _FIRST = 60
@@ -123,7 +126,28 @@ def false_alarms(rule: Rule, traces: Sequence[Trace]) -> float:
     return 1e4 * sum(sum(rule(trace.values)) for trace in traces) / steps
 
 
-def main(path: Path) -> None:
+Curves = dict[str, dict[str, list[float]]]
+"""Share of events seen by height, of each kind and rule."""
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """A panel for each kind of event of the loss, a line for each rule."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 5.6), dpi=DPI, layout="constrained")
+    colours = {"act": BLUE, "warn": GREEN, ROLLING: ORANGE}
+    for axes, (kind, rules) in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, curves.items(), strict=True):
+        for rule, shares in rules.items():
+            axes.plot(_SIZES["loss"], shares, "o-", color=colours[rule], label=rule, markersize=4, linewidth=1.6)
+        axes.axhline(1.0, color=GRID, linewidth=1.2)
+        frame(axes, kind)
+    figure.supxlabel("height of the event, in robust standard deviations of the loss", fontsize=9, color=INK)
+    figure.supylabel("share that is seen in time", fontsize=9, color=INK)
+    figure.axes[0].legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    figure.savefig(path)
+
+
+def main(path: Path, picture: Path | None = None) -> None:
     """Print the table."""
     data = np.load(path)
     print(data["about"])
@@ -133,17 +157,22 @@ def main(path: Path) -> None:
         rules: dict[str, Rule] = {
             "warn": robust(series, {"warn", "act"}),
             "act": robust(series, {"act"}),
-            "mean + 6 sigma": rolling_mean,
+            ROLLING: rolling_mean,
         }
         print(f"\n{name}: {len(traces)} traces, {sum(len(trace.values) for trace in traces)} steps")
         for rule_name, rule in rules.items():
             print(f"  {rule_name}: {false_alarms(rule, traces):.2f} false alarms in 10,000 steps")
         print("  recall by height, in scatters".ljust(48), *(f"{size:5}" for size in _SIZES[name]))
+        curves: Curves = {}
         for kind_name, kind in KINDS.items():
+            curves[kind_name] = {}
             for rule_name, rule in rules.items():
                 shares = [recall(rule, traces, kind, size) for size in _SIZES[name]]
+                curves[kind_name][rule_name] = shares
                 print(f"  {kind_name}; {rule_name}".ljust(48), *(f"{share:5.2f}" for share in shares), flush=True)
+        if picture is not None and series == "loss":
+            draw(curves, picture)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*(Path(argument) for argument in sys.argv[1:3]))

@@ -8,7 +8,7 @@ import pytest
 from pipelines import tracking
 from pipelines.delivery import BATCH_METRICS, Delivery, deliver
 from pipelines.run_folder import read_json, write_json
-from pipelines.spool import TRAIN, SpoolWriter
+from pipelines.spool import TRAIN, VALIDATION, SpoolWriter
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import TrackingStore, open_store
 from tests.pipelines.mlflow_server import Server, wait_until
@@ -18,7 +18,9 @@ from tests.pipelines.tracked import DATASET, checkpoint, checkpoints_in, config,
 def test_a_crash_after_sending_leaves_every_point_once(store: TrackingStore) -> None:
     with Tracker.start(config(), store, dataset=DATASET) as tracker:
         train(tracker.folder, 1, 600)
-    assert read_json(tracker.folder.delivered) == {"offset": tracker.folder.spool.stat().st_size, "ended": True}
+    steps = {TRAIN: 600, VALIDATION: 600}
+    size = tracker.folder.spool.stat().st_size
+    assert read_json(tracker.folder.delivered) == {"offset": size, "ended": True, "steps": steps}
     second_line = tracker.folder.spool.read_bytes().index(b"\n") + 1
     write_json(tracker.folder.delivered, {"offset": second_line, "ended": False})
     again = Delivery(store.client, tracker.folder)
@@ -40,6 +42,25 @@ def test_a_spool_that_is_another_file_than_the_delivered_one_is_sent_from_its_st
     tracker.folder.spool.unlink()
     assert Delivery(store.client, tracker.folder).left() == 0
     assert points(store.client, tracker.folder, "train/loss") == [(step, 5 / step) for step in range(1, 31)]
+
+
+def test_steps_that_were_taken_back_stand_apart_and_training_has_one_value_a_step(store: TrackingStore) -> None:
+    with Tracker.start(config(), store, dataset=DATASET) as tracker:
+        train(tracker.folder, 1, 40)
+        delivery = Delivery(store.client, tracker.folder, lag_steps=15)
+        delivery.send(everything=False)
+        assert [step for step, _ in points(store.client, tracker.folder, "train/loss")] == list(range(1, 26))
+        with SpoolWriter(tracker.folder.spool) as writer:
+            writer.rewind(30)
+            for step in range(31, 46):
+                writer.write(TRAIN, step, {"train/loss": 7.0})
+    assert points(store.client, tracker.folder, "train/loss") == [
+        *((step, 5 / step) for step in range(1, 31)),
+        *((step, 7.0) for step in range(31, 46)),
+    ]
+    assert points(store.client, tracker.folder, "rewound/loss") == [(step, 5 / step) for step in range(31, 41)]
+    assert points(store.client, tracker.folder, "rewound/val_loss") == [(40, 6 / 40)]
+    assert store.client.get_run(tracker.info.id).data.metrics["final/loss"] == 7.0
 
 
 def test_a_record_above_the_limit_of_a_request_arrives(store: TrackingStore) -> None:
