@@ -2,8 +2,7 @@
 
 import time
 
-from moe.hooks import StepHook
-from moe.schedule import Moment
+from moe.hooks import Seen, StepHook
 from moe.trainer import Trainer
 from pipelines.operations import FAILURES, open_operations, settle
 from pipelines.run_folder import RunFolder
@@ -22,10 +21,11 @@ class Comeback(StepHook):
         if self._goal is not None and trainer.steps_done == trainer.timeline.steps:
             self._settle(trainer.steps_done)  # there is no step to come
 
-    def before_step(self, moment: Moment) -> None:
-        """When the steps that were done before have been done again."""
-        if self._goal is not None and moment.step >= self._goal:
-            self._settle(moment.step)
+    def takes(self, seen: Seen) -> bool:
+        """When the last of the steps that were done before is done again."""
+        if self._goal is not None and seen.step >= self._goal:
+            self._settle(seen.step)
+        return True
 
     def _settle(self, step: int) -> None:
         settle(self._folder, FAILURES, step, now_ms=time.time_ns() // 1_000_000)

@@ -283,7 +283,7 @@ def _problems_of_operation(fault: FaultConfig, config: "RunConfig") -> Iterator[
     every = config.checkpoint.every_steps
     if isinstance(fault, StalledWorkerConfig):
         if config.parallel.workers == 1:
-            yield "kind is stalled_worker, but parallel.workers is 1: no other worker waits for it, so nobody notices"
+            yield "kind is stalled_worker, but parallel.workers is 1: no other waits for it, so nobody notices"
         if fault.seconds <= config.recovery.stall_timeout_s:
             yield (
                 f"seconds ({fault.seconds:g}) is not above recovery.stall_timeout_s "
