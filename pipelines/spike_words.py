@@ -35,7 +35,7 @@ _STATES: dict[State, str] = {
     "open": "not known yet what becomes of it",
     "recovered": "recovered",
     "relapsed": "came back",
-    "aborted": "the run ended for it",
+    "aborted": "not recovered",
 }
 
 FINAL_STATES: tuple[State, ...] = ("recovered", "relapsed", "aborted")
@@ -59,7 +59,7 @@ def outcome(event: SpikeEvent) -> str:
         return _STATES["open"]
     state = _STATES[event.outcome.state]
     if event.outcome.state in FINAL_STATES:
-        state += f" at step {event.outcome.at_step:,}"
+        state += f" {'by' if event.outcome.state == 'aborted' else 'at'} step {event.outcome.at_step:,}"
     return f"{state}{cost(event)}"
 
 
@@ -67,7 +67,9 @@ def cost(event: SpikeEvent) -> str:
     """Steps and seconds that it has cost, after a semicolon; nothing if that is not known, or was nothing."""
     if event.outcome is None or not event.outcome.steps_lost:
         return ""
-    return f"; {counted(event.outcome.steps_lost, 'step')} lost in {event.outcome.seconds_lost:.1f} s"
+    seconds = event.outcome.seconds_lost
+    took = f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.2g}"
+    return f"; {counted(event.outcome.steps_lost, 'step')} lost in {took} s"
 
 
 def short_outcome(event: SpikeEvent) -> str:
