@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from pipelines.spike_event import Action, Kind, SpikeEvent, State, steps_lost
 
-_KINDS: dict[Kind, str] = {
+KINDS: dict[Kind, str] = {
     "loss": "loss spike",
     "grad_norm": "gradient norm spike",
     "non_finite": "loss or gradient not finite",
@@ -17,6 +17,7 @@ _KINDS: dict[Kind, str] = {
     "checkpoint_failed": "a checkpoint could not be written",
     "tracking_outage": "the tracking server was away",
 }
+"""What was noticed."""
 
 _ACTIONS: dict[Action, str] = {
     "record": "recorded, and the step taken",
@@ -44,7 +45,7 @@ FINAL_STATES: tuple[State, ...] = ("recovered", "relapsed", "aborted")
 
 def what(event: SpikeEvent) -> str:
     """What was noticed: its step, its kind, and how far above the expected it was."""
-    return f"step {event.step:,}: {_KINDS[event.kind]}{_excess(event)}"
+    return f"step {event.step:,}: {KINDS[event.kind]}{_excess(event)}"
 
 
 def answer(event: SpikeEvent) -> str:

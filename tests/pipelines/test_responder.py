@@ -168,7 +168,7 @@ def test_a_ladder_is_climbed_while_spikes_come_back_and_ends_the_run_with_a_reas
     ending = run_loop(0, 1, tmp_path / "run", (*SETTINGS, rungs, triggered))
     assert ending.outcome == "diverged"
     assert ending.reason is not None
-    assert ending.reason.startswith("no answer of response.rungs is left for the")
+    assert ending.reason.startswith("no answer of response.rungs is left for step")
     events = events_of(tmp_path / "run")
     assert [event.action for event in events] == [
         "record",
