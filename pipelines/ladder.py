@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pipelines.journal import Journal
 from pipelines.response_config import LadderResponseConfig, RecordResponseConfig, ResponseConfig, Rung
 from pipelines.spike_event import Action, Kind
+from pipelines.spike_words import KINDS
 
 _REWINDS = ("rewind", "rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr")
 
@@ -47,7 +48,7 @@ def answer(config: ResponseConfig, journal: Journal, kind: Kind, step: int) -> A
     if config.after_last == "record" and kind in ("loss", "grad_norm"):
         return Answer("record", len(config.rungs))
     limits.discard("")
-    why = f"no answer of response.rungs is left for the {_WORDS[kind]} at step {step}"
+    why = f"no answer of response.rungs is left for step {step}: {KINDS[kind]}"
     return Answer("abort", rung, why + (f" ({', '.join(sorted(limits))} reached)" if limits else ""))
 
 
@@ -60,11 +61,3 @@ def _obstacle(config: LadderResponseConfig, journal: Journal, kind: Kind, rung: 
     if rung == "skip_step" and journal.skipped_steps >= config.max_skipped_steps:
         return "response.max_skipped_steps"
     return None
-
-
-_WORDS: dict[Kind, str] = {
-    "loss": "loss spike",
-    "grad_norm": "spike of the gradient norm",
-    "non_finite": "loss or gradient that was not finite",
-    "replica_mismatch": "difference between replicas",
-}
