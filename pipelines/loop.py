@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe.parallel import Ranks
+from moe.report import Report
 from moe.routing_stats import violation_figures
 from moe.state import JSON
-from moe.trainer import Report, Trainer
+from moe.trainer import Trainer
 from pipelines.comeback import Comeback
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
