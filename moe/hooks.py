@@ -15,7 +15,7 @@ class Seen:
     """The optimizer step, counted from 1."""
     moment: Moment
     readings: tuple[Reading, ...]
-    """What the spike detector makes of the loss and of the gradient norm."""
+    """What the spike detector makes of the loss, the gradient norm and MaxVio."""
     is_finite: bool
     """Whether both are finite; the update is never taken where they are not."""
     metrics: Mapping[str, float]

@@ -32,7 +32,7 @@ class Report:
     layer_idle: tuple[int, ...] = ()
     """Experts that no token of the step reached, per MoE layer."""
     readings: tuple[Reading, ...] = ()
-    """What the spike detector makes of the loss and of the gradient norm."""
+    """What the spike detector makes of the loss, the gradient norm and MaxVio."""
     health: Measurements | None = None
     """Layer by layer, after the update, where this step was one to measure (``monitors.every_steps``)."""
     differing: tuple[str, ...] = ()

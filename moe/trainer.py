@@ -121,7 +121,7 @@ class Trainer:
         for technique in self.techniques.values():
             metrics |= technique.figures()
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
-        readings = self.detector.see(metrics["train/loss"], norms.total)
+        readings = self.detector.see(metrics["train/loss"], norms.total, metrics.get("moe/max_vio_batch"))
         metrics |= {f"spike/score_{r.series}": r.score for r in readings if r.score is not None}
         seen = Seen(self.steps_done + 1, moment, readings, finite, metrics, differing)
         # All of them, whatever one says: each may have something to note.

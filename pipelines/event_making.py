@@ -40,7 +40,7 @@ def in_words(kind: Kind, seen: Seen) -> str:
     assert reading is not None
     assert reading.score is not None
     assert reading.baseline is not None
-    what = "loss" if kind == "loss" else "gradient norm"
+    what = {"loss": "loss", "grad_norm": "gradient norm", "max_vio": "MaxVio"}[kind]
     return (
         f"step {seen.step}: {what} {reading.value:.4g} is {reading.score:.1f} robust standard deviations above the "
         f"{reading.baseline:.4g} that was to be expected"
@@ -51,7 +51,7 @@ def describe_step(trainer: Trainer, kind: Kind, report: Report) -> dict[str, obj
     """The fields of an event that are known of its step on any rank."""
     reading = _reading(kind, report.readings)
     config = trainer.config.detector
-    threshold = config.act if isinstance(config, RobustDetectorConfig) and kind in ("loss", "grad_norm") else None
+    threshold = config.act if isinstance(config, RobustDetectorConfig) and reading is not None else None
     metrics = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
     return {
         "kind": kind,

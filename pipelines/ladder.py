@@ -45,7 +45,7 @@ def answer(config: ResponseConfig, journal: Journal, kind: Kind, step: int) -> A
             blameless = kind == "replica_mismatch" and config.rungs[number] == "rewind_skip_samples"
             return Answer("rewind" if blameless else config.rungs[number], number + 1)
         limits.add(obstacle)
-    if config.after_last == "record" and kind in ("loss", "grad_norm"):
+    if config.after_last == "record" and kind in ("loss", "grad_norm", "max_vio"):
         return Answer("record", len(config.rungs))
     limits.discard("")
     why = f"no answer of response.rungs is left for step {step}: {KINDS[kind]}"

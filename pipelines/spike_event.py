@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 Kind = Literal[
     "loss",
     "grad_norm",
+    "max_vio",
     "non_finite",
     "replica_mismatch",
     "worker_death",
@@ -30,9 +31,9 @@ Kind = Literal[
     "checkpoint_failed",
     "tracking_outage",
 ]
-"""What was noticed: of training the first four, of operations the others."""
+"""What was noticed: of training the first five, of operations the others."""
 
-TRAINING_KINDS: tuple[Kind, ...] = ("loss", "grad_norm", "non_finite", "replica_mismatch")
+TRAINING_KINDS: tuple[Kind, ...] = ("loss", "grad_norm", "max_vio", "non_finite", "replica_mismatch")
 
 Action = Literal[
     "record",

@@ -8,6 +8,7 @@ from pipelines.spike_event import Action, Kind, SpikeEvent, State, steps_lost
 KINDS: dict[Kind, str] = {
     "loss": "loss spike",
     "grad_norm": "gradient norm spike",
+    "max_vio": "jump of the experts' load",
     "non_finite": "loss or gradient not finite",
     "replica_mismatch": "replicas differ",
     "worker_death": "a worker died",

@@ -196,7 +196,10 @@ SPIKES = View(
                 LineChart("train/grad_norm", "log"),
             ),
         ),
-        Section("2 Scores", (LineChart("spike/score_loss"), LineChart("spike/score_grad_norm"))),
+        Section(
+            "2 Scores",
+            (LineChart("spike/score_loss"), LineChart("spike/score_grad_norm"), LineChart("spike/score_max_vio")),
+        ),
         Section("3 Taken back", (LineChart("rewound/loss", "log"), LineChart("rewound/grad_norm", "log"))),
         Section("4 Final figures", (BarChart("final/spikes"), BarChart("final/steps_lost"))),
     ),

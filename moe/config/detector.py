@@ -29,6 +29,9 @@ class RobustDetectorConfig(Config):
     """How many times what was to be expected a gradient norm must be in addition, for its reading to be a warning."""
     act_norm_ratio: PositiveFloat = 20.0
     """The same for it to be a spike. At least ``warn_norm_ratio``. Clipping takes care of what is below."""
+    max_vio_rise: PositiveFloat = 0.5
+    """By how much MaxVio must lie above what was to be expected in addition: the busiest expert has so many times the
+    mean load more."""
     window: int = Field(default=200, ge=20)
     """Optimizer steps whose scatter is the unit of both limits; fewer than 20 would say nothing of it."""
     accept_after: PositiveInt = 20

@@ -1,4 +1,4 @@
-"""The spike detector: which losses and gradient norms stand out above their own recent past.
+"""The spike detector: which losses, gradient norms and loads of experts stand out above their own recent past.
 
 A value is compared with the median of the 9 before it, its *level*. What is judged is the *error*, the value less its
 level, by the median and the scatter of the errors of the ``window`` values before. Why each part is as it is:
@@ -13,25 +13,27 @@ level, by the median and the scatter of the errors of the ``window`` values befo
 - **Gradient norms in logarithms**: their scatter is in proportion to their size. They must be a multiple of what was to
   be expected besides: in undisturbed runs one in a hundred lies over 5 deviations out, and one in 12,500 was 12.7 times
   as large as those before it, from a batch that nothing is wrong with.
+- **MaxVio as it is**: a router that collapses need not show in the loss for long, and the load of the busiest expert
+  jumps at once. It must rise by ``max_vio_rise`` besides, since the scatter of a well balanced load is next to nothing.
 - **What stands out stays out**: a spike that became part of the past would hide the next (rolling windows that hold a
   spike of 12 over losses of 3 miss jumps to 5 and 7 that follow within the window). But only for so long
   (``accept_after`` in a row): a level that stays is accepted.
 - **What is not finite stays out at any time**, and is its own kind of event. A single NaN in a rolling window makes
   every comparison false, which is a detector that is blind and says all is well.
 
-Both series are those of the global batch, the norm before clipping (after it there is nothing to see), and equal on
+All series are those of the global batch, the norm before clipping (after it there is nothing to see), and equal on
 every rank bit for bit: all ranks come to the same verdict without another exchange.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from moe.config.detector import DetectorConfig, RobustDetectorConfig
 
-Series = Literal["loss", "grad_norm"]
+Series = Literal["loss", "grad_norm", "max_vio"]
 Severity = Literal["none", "warn", "act"]
 
 _LEVEL = 9
@@ -49,7 +51,7 @@ class Reading:
     series: Series
     severity: Severity
     value: float
-    """As it was given: nats, or the norm itself."""
+    """As it was given: nats, the norm itself, MaxVio."""
     baseline: float | None
     """What was to be expected, in the unit of ``value``; None without a past."""
     score: float | None
@@ -115,18 +117,23 @@ def _scatter(centred: torch.Tensor) -> float:
 
 
 class SpikeDetector:
-    """Sees the loss and the gradient norm of every step, of the global batch and before clipping."""
+    """Sees the loss, the gradient norm and MaxVio of every step, of the global batch, the norm before clipping."""
 
     def __init__(self, config: DetectorConfig) -> None:
         self.config = config
         self._scores: dict[Series, RobustScore] = {}
         if isinstance(config, RobustDetectorConfig):
-            self._scores = {"loss": RobustScore(config), "grad_norm": RobustScore(config)}
+            self._scores = {series: RobustScore(config) for series in get_args(Series)}
 
-    def see(self, loss: float, grad_norm: float) -> tuple[Reading, Reading]:
-        """What to make of both. A step with a value that is not finite leaves the past of both as it was."""
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        return self._judge("loss", loss, is_finite), self._judge("grad_norm", grad_norm, is_finite)
+    def see(self, loss: float, grad_norm: float, max_vio: float | None = None) -> tuple[Reading, ...]:
+        """What to make of each. A step with a value that is not finite leaves the past of all as it was.
+
+        ``max_vio``: None for a model without experts, of which there is then no reading.
+        """
+        given: dict[Series, float | None] = {"loss": loss, "grad_norm": grad_norm, "max_vio": max_vio}
+        values = {series: value for series, value in given.items() if value is not None}
+        is_finite = all(math.isfinite(value) for value in values.values())
+        return tuple(self._judge(series, value, is_finite) for series, value in values.items())
 
     def forget(self) -> None:
         """What comes is not to be compared with what was: a stage of the schedule begins, with other batches."""
@@ -138,16 +145,18 @@ class SpikeDetector:
             return Reading(series, "act", value, None, None)
         if series not in self._scores or not is_finite:
             return Reading(series, "none", value, None, None)
-        if series == "loss":
-            baseline, score = self._scores[series].see(value)
-        else:
+        if series == "grad_norm":
             log_baseline, score = self._scores[series].see(math.log(max(value, torch.finfo(torch.float32).tiny)))
             baseline = None if log_baseline is None else math.exp(log_baseline)
+        else:
+            baseline, score = self._scores[series].see(value)
         return Reading(series, self._severity(series, value, baseline, score), value, baseline, score)
 
     def _severity(self, series: Series, value: float, baseline: float | None, score: float | None) -> Severity:
         c = self.config
         if score is None or baseline is None or not isinstance(c, RobustDetectorConfig):
+            return "none"
+        if series == "max_vio" and value < baseline + c.max_vio_rise:
             return "none"
         ratio = value / baseline if series == "grad_norm" else math.inf
         if score >= c.act and ratio >= c.act_norm_ratio:

@@ -62,7 +62,7 @@ def readings_on(rank: int, world: int) -> list[tuple[Reading, ...]]:
 def test_ranks_come_to_the_same_verdict_bit_for_bit() -> None:
     one, other = run_distributed(readings_on, 2)
     assert one == other
-    assert {reading.severity for reading in one[SPOILED]} == {"act"}
+    assert {reading.severity for reading in one[SPOILED] if reading.series != "max_vio"} == {"act"}
 
 
 def test_a_rewind_rewinds_the_detector() -> None:
@@ -87,7 +87,7 @@ def test_without_a_detector_only_what_is_not_finite_is_noticed() -> None:
         trainer.model.embed.weight.fill_(math.nan)
     report = trainer.step()
     assert not report.taken
-    assert {reading.severity for reading in report.readings} == {"act"}
+    assert {reading.severity for reading in report.readings if reading.series != "max_vio"} == {"act"}
 
 
 def test_a_step_that_was_not_finite_is_no_part_of_the_past() -> None:
@@ -100,7 +100,7 @@ def test_a_step_that_was_not_finite_is_no_part_of_the_past() -> None:
     weight.data.fill_(math.nan)
     assert not disturbed.step().taken
     tensors = disturbed.state().tensors
-    assert len(past) == 6
+    assert len(past) == 9
     assert all(torch.equal(tensors[name], tensor) for name, tensor in past.items())
     weight.data.copy_(before)
     assert all(reading.score is not None for reading in disturbed.step().readings)

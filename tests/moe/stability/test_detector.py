@@ -201,3 +201,21 @@ def test_a_window_that_says_nothing_of_the_scatter_is_refused() -> None:
 def test_a_ratio_to_act_on_below_the_warning_is_refused() -> None:
     with pytest.raises(ValueError, match=r"act_norm_ratio \(2\) is below warn_norm_ratio \(5\)"):
         RobustDetectorConfig(act_norm_ratio=2.0)
+
+
+def test_a_router_that_collapses_is_seen_in_the_load_and_a_well_balanced_one_may_stir() -> None:
+    detector = SpikeDetector(RobustDetectorConfig())
+    load = noise(100, level=0.08, sigma=0.01)
+    for max_vio in load:
+        assert {r.severity for r in detector.see(3.0, 1.0, max_vio)} == {"none"}
+    stirred = detector.see(3.0, 1.0, 0.4)[2]
+    assert stirred.score is not None
+    assert stirred.score > 20
+    assert stirred.severity == "none"  # less than half a mean load more
+    collapsed = detector.see(3.0, 1.0, 1.0)[2]
+    assert (collapsed.series, collapsed.severity, collapsed.value) == ("max_vio", "act", 1.0)
+    assert collapsed.baseline == pytest.approx(0.08, abs=0.02)
+
+
+def test_without_experts_there_is_no_reading_of_their_load() -> None:
+    assert [reading.series for reading in SpikeDetector(RobustDetectorConfig()).see(3.0, 1.0)] == ["loss", "grad_norm"]
