@@ -1,12 +1,13 @@
 """The command ``steadymoe``: assembles the subcommands of all wings and nothing else."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from pydantic_settings import CliSubCommand, CliToggleFlag
+from pydantic_settings import CliSubCommand, CliToggleFlag, get_subcommand
 
 from infra import commands as own_commands
 from infra.arguments import DownArguments, StatusArguments, SubmitArguments, UpArguments
@@ -14,6 +15,7 @@ from pipelines import commands
 from pipelines.arguments import DeliverArguments, ExportArguments, PrepareArguments, TrainArguments
 from pipelines.command_line import EXIT_DONE, run_command
 from pipelines.errors import UserError
+from pipelines.spike_arguments import RunsArguments, SpikesArguments
 from tuning import commands as tuning_commands
 from tuning.arguments import StudyArguments
 
@@ -37,6 +39,10 @@ class Steadymoe(BaseModel):
     """One training run."""
     study: CliSubCommand[StudyArguments]
     """The arms of a claim over paired seeds: table, verdict, picture."""
+    runs: CliSubCommand[RunsArguments]
+    """The runs with their stability figures."""
+    spikes: CliSubCommand[SpikesArguments]
+    """What went wrong in a run, and what was done about it."""
     deliver: CliSubCommand[DeliverArguments]
     """Send MLflow what it could not take while a run was on."""
     export: CliSubCommand[ExportArguments]
@@ -49,6 +55,21 @@ class Steadymoe(BaseModel):
     """Stop the jobs and end both."""
     submit: CliSubCommand[SubmitArguments]
     """Run a command as a Ray job."""
+
+
+_COMMANDS: Mapping[type[Any], Callable[[Any], int]] = {
+    PrepareArguments: commands.prepare,
+    TrainArguments: commands.train,
+    StudyArguments: tuning_commands.study,
+    RunsArguments: commands.runs,
+    SpikesArguments: commands.spikes,
+    DeliverArguments: commands.deliver,
+    ExportArguments: commands.export,
+    UpArguments: own_commands.up,
+    StatusArguments: own_commands.status,
+    DownArguments: own_commands.down,
+}
+"""By the arguments that they take; `submit` takes a whole command besides."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,22 +90,9 @@ def _dispatch(arguments: Steadymoe, job: Sequence[str]) -> int:
     if arguments.version:
         print(f"{PROGRAM} {version(PROGRAM)}")
         return EXIT_DONE
-    if arguments.prepare is not None:
-        return commands.prepare(arguments.prepare)
-    if arguments.train is not None:
-        return commands.train(arguments.train)
-    if arguments.study is not None:
-        return tuning_commands.study(arguments.study)
-    if arguments.deliver is not None:
-        return commands.deliver(arguments.deliver)
-    if arguments.export is not None:
-        return commands.export(arguments.export)
-    if arguments.up is not None:
-        return own_commands.up(arguments.up)
-    if arguments.status is not None:
-        return own_commands.status()
-    if arguments.down is not None:
-        return own_commands.down()
     if arguments.submit is not None:
         return own_commands.submit(arguments.submit, job)
-    raise UserError(f"no command given (see {PROGRAM} --help)")
+    chosen = get_subcommand(arguments, is_required=False)
+    if chosen is None:
+        raise UserError(f"no command given (see {PROGRAM} --help)")
+    return _COMMANDS[type(chosen)](chosen)

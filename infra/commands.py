@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from infra.arguments import SubmitArguments, UpArguments
+from infra.arguments import DownArguments, StatusArguments, SubmitArguments, UpArguments
 from pipelines.command_line import EXIT_DONE
 
 
@@ -18,7 +18,7 @@ def up(arguments: UpArguments) -> int:
     return EXIT_DONE
 
 
-def status() -> int:
+def status(_: StatusArguments) -> int:
     """Show the local cluster; returns the exit code."""
     from infra import cluster
 
@@ -26,7 +26,7 @@ def status() -> int:
     return EXIT_DONE
 
 
-def down() -> int:
+def down(_: DownArguments) -> int:
     """End the local cluster; returns the exit code."""
     from infra import cluster
 

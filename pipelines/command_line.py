@@ -41,6 +41,7 @@ _METAVARS = {
     "--document-token": "TOKEN",
     "--train-tokenizer": "VOCAB_SIZE",
     "--tasks": "N",
+    "--limit": "N",
     "--watch": "JOB",
     "--address": "URL",
     "--budget-minutes": "MINUTES",

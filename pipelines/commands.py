@@ -6,6 +6,7 @@ from pipelines.arguments import DeliverArguments, ExportArguments, PrepareArgume
 from pipelines.command_line import EXIT_DONE
 from pipelines.errors import UserError
 from pipelines.loading import dump_config
+from pipelines.spike_arguments import RunsArguments, SpikesArguments
 
 
 def train(arguments: TrainArguments) -> int:
@@ -63,4 +64,39 @@ def export(arguments: ExportArguments) -> int:
     from pipelines.run_folder import find_run
 
     print(export_run(find_run(arguments.run), Path(arguments.to).expanduser(), arguments.step, arguments.dtype))
+    return EXIT_DONE
+
+
+def runs(arguments: RunsArguments) -> int:
+    """List the runs; returns the exit code."""
+    from pipelines.run_list import print_runs
+
+    print_runs(arguments.limit, arguments.trials)
+    return EXIT_DONE
+
+
+def spikes(arguments: SpikesArguments) -> int:
+    """List the events of a run, or show one; returns the exit code.
+
+    Raises:
+        UserError: there is no such run or event.
+    """
+    from pipelines.run_folder import find_run
+    from pipelines.spike_event import read_events
+    from pipelines.spike_list import event_as_json, events_as_json, find_event, print_events
+
+    folder = find_run(arguments.run)
+    if not arguments.event:
+        if arguments.as_json:
+            print(events_as_json(read_events(folder.events)))
+        else:
+            print_events(folder)
+        return EXIT_DONE
+    number, event = find_event(folder, arguments.event[0])
+    if arguments.as_json:
+        print(event_as_json(number, event))
+        return EXIT_DONE
+    from pipelines.spike_page import print_event
+
+    print_event(folder, number, event, arguments.full)
     return EXIT_DONE

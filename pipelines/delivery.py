@@ -19,6 +19,7 @@ from pipelines.outbox import Outbox
 from pipelines.registration import CheckpointRegistry
 from pipelines.run_folder import RunFolder, read_json, write_json
 from pipelines.run_lock import RunLock
+from pipelines.spike_tracking import EventDelivery
 from pipelines.spool import Record, SpoolReader
 from pipelines.tracking_store import open_store, tracking_uri
 from pipelines.views import publish_views
@@ -55,6 +56,7 @@ class Delivery:
         self._reader = SpoolReader(folder.spool, self._delivered_offset)
         self._outbox = Outbox(lag_steps, state.get("steps", {}) if self._delivered_offset else {})
         self._registry = CheckpointRegistry(client, folder)
+        self._events = EventDelivery(client, folder)
 
     def send(self, everything: bool = True) -> None:
         """Deliver what there is by now: metrics, then the ending if the run has ended, then its checkpoints.
@@ -72,6 +74,7 @@ class Delivery:
             self._send_ending()
         # Last: what a server may refuse that is older than logged models must not hold up the rest.
         self._registry.send()
+        self._events.send(self._ended)
 
     def left(self) -> int:
         """Points of metrics that have not been delivered."""
@@ -80,6 +83,10 @@ class Delivery:
     def checkpoints_left(self) -> int:
         """Checkpoints that are to be registered, or deleted."""
         return self._registry.left()
+
+    def events_left(self) -> int:
+        """Spike events that have not been delivered, or not as they ended."""
+        return self._events.left()
 
     @property
     def ending_left(self) -> bool:
@@ -188,6 +195,8 @@ class Drainer:
         left += ["the ending"] if self._delivery.ending_left else []
         checkpoints = self._delivery.checkpoints_left()
         left += [f"{checkpoints} checkpoint{'s' if checkpoints > 1 else ''}"] if checkpoints else []
+        events = self._delivery.events_left()
+        left += [f"{events} spike event{'s' if events > 1 else ''}"] if events else []
         why = f" ({first_line(self._error)})" if self._error else ""
         where = f"MLflow at {info.tracking_uri}"
         return (

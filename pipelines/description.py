@@ -1,9 +1,12 @@
 """What a run was and how it ended, in a plain sentence."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pipelines.config import RunConfig
 from pipelines.history import History
+from pipelines.spike_event import SpikeEvent
+from pipelines.spike_words import spikes_in_words
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -11,14 +14,21 @@ _UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 _VERBS = {"FINISHED": "Trained", "FAILED": "Failed while training", "KILLED": "Stopped while training"}
 
 
-def describe(config: RunConfig, history: History, status: Status | None = None, reason: str | None = None) -> str:
-    """One sentence on a run for people who see nothing else of it.
+def describe(
+    config: RunConfig,
+    history: History,
+    status: Status | None = None,
+    reason: str | None = None,
+    events: Sequence[SpikeEvent] = (),
+) -> str:
+    """One sentence on a run for people who see nothing else of it, and one on its spikes if it had any.
 
     Args:
         config: what it was to do.
         history: what it did.
         status: how it ended; None while it runs.
         reason: why it ended early, for those who look no further.
+        events: what went wrong in it.
     """
     verb = _VERBS[status] if status else "Training"
     parallel = config.parallel
@@ -37,7 +47,9 @@ def describe(config: RunConfig, history: History, status: Status | None = None, 
             sentence += f", {per_byte:.3f} per byte"
     if status and history.diverged:
         sentence += "; the loss diverged"
-    return sentence + "."
+    spikes = spikes_in_words(events)
+    # Of its own, below: the UI's table shows the first line.
+    return f"{sentence}." + (f"\n\n{spikes}" if spikes else "")
 
 
 def count(number: float) -> str:

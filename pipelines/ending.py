@@ -11,6 +11,7 @@ from pipelines.loading import load_config
 from pipelines.notes import read_notes
 from pipelines.run_folder import RunFolder, write_json
 from pipelines.run_lock import writer_lock
+from pipelines.spike_event import read_events, steps_lost
 from pipelines.spool import SpoolReader
 
 DESCRIPTION_TAG = "mlflow.note.content"
@@ -31,18 +32,23 @@ def ending_of(
         reason: why it ended early.
         time_ms: when it ended, in milliseconds since 1970; None means now.
     """
-    history = History.read(folder.spool)
+    history, events = History.read(folder.spool), read_events(folder.events)
     tags = {
         "diverged": str(history.diverged).lower(),
         "restarts": str(sum(note.kind in ("death", "error") for note in read_notes(folder.notes))),
     }
     if config is not None:
-        tags[DESCRIPTION_TAG] = describe(config, history, status, reason)
+        tags[DESCRIPTION_TAG] = describe(config, history, status, reason, events)
     if history.first_non_finite:
         steps = (f"{name} from step {step}" for name, step in history.first_non_finite.items())
         tags["non_finite"] = ", ".join(steps)[:_TAG_LENGTH]
     ended_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-    return {"status": status, "time_ms": ended_ms, "metrics": history.finals(), "tags": tags}
+    metrics = {
+        **history.finals(),
+        "final/spikes": float(sum(event.is_training for event in events)),
+        "final/steps_lost": float(steps_lost(events)),
+    }
+    return {"status": status, "time_ms": ended_ms, "metrics": metrics, "tags": tags}
 
 
 def end_if_orphaned(folder: RunFolder) -> None:

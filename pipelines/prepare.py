@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 from pipelines.config import DataConfig, FilesCorpusConfig, PreparedCorpusConfig, SourceConfig
-from pipelines.corpus import open_corpus
+from pipelines.corpus import Corpus, open_corpus
 from pipelines.corpus_writer import SHARD_BYTES, TOKENIZER_FILE, Progress, write_corpus
 from pipelines.errors import UserError
 from pipelines.home import corpora_dir
@@ -31,6 +31,24 @@ def prepare(data: DataConfig, progress: Progress | None = None, shard_bytes: int
         # What is said of a file does not know that the file comes from this key.
         named = str(error).startswith(("data.tokenizer", "data.document_token"))
         raise (error if named else UserError(f"data.corpus: {error}")) from None
+
+
+def find_prepared(data: DataConfig) -> Shards:
+    """The token shards of ``data`` if they exist; none are made.
+
+    Raises:
+        UserError: there are none, the corpus is not there any more, or prepared files were damaged.
+    """
+    if isinstance(data.corpus, PreparedCorpusConfig):
+        return _open_prepared(data.corpus.model_copy(update={"verify": False}), data)
+    assert data.tokenizer is not None  # the config's rule for text
+    corpus = open_corpus(data.corpus)
+    shards = _known(_pointer(corpus, fingerprint(data.tokenizer, data.document_token)))
+    if shards is None:
+        raise UserError(
+            f"data.corpus: {corpora_dir()} has no token shards of this text; it has changed since, or they were deleted"
+        )
+    return shards
 
 
 def absolute_paths(data: DataConfig) -> DataConfig:
@@ -100,11 +118,9 @@ def _prepare_text(
     """
     corpus = open_corpus(config)
     tokenizer_fingerprint = fingerprint(tokenizer, document_token)
-    pointer = corpora_dir() / "listings" / _key(corpus.listing_digest(), tokenizer_fingerprint)
-    if pointer.exists():
-        folder = corpora_dir() / pointer.read_text()
-        if folder.exists():
-            return open_shards(folder)
+    pointer = _pointer(corpus, tokenizer_fingerprint)
+    if (known := _known(pointer)) is not None:
+        return known
     corpora_dir().mkdir(parents=True, exist_ok=True)
     if progress is not None:
         progress(0, corpus.size_bytes)
@@ -116,6 +132,18 @@ def _prepare_text(
         _publish(scratch, folder)
     _write_pointer(pointer, folder.name)
     return open_shards(folder)
+
+
+def _pointer(corpus: Corpus, tokenizer_fingerprint: str) -> Path:
+    return corpora_dir() / "listings" / _key(corpus.listing_digest(), tokenizer_fingerprint)
+
+
+def _known(pointer: Path) -> Shards | None:
+    """The shards that a listing's entry leads to, if they exist."""
+    if not pointer.exists():
+        return None
+    folder = corpora_dir() / pointer.read_text()
+    return open_shards(folder) if folder.exists() else None
 
 
 def _key(*parts: str) -> str:

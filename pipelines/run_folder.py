@@ -114,6 +114,11 @@ class RunFolder:
         return self.path / "registered.json"
 
     @property
+    def traced(self) -> Path:
+        """Which events MLflow knows, as JSON: `pipelines.spike_tracking`."""
+        return self.path / "traced.json"
+
+    @property
     def init_from(self) -> Path | None:
         """Folder of the weights that the run started from; None if it started from random ones."""
         folder = read_json(self._init_from_file).get("folder")

@@ -48,6 +48,18 @@ class RunLock:
         self._file.close()
 
 
+def is_in_use(folder: RunFolder) -> bool:
+    """Whether a command works on the run. Asks without writing: those of other users can be looked at."""
+    try:
+        with folder.lock.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextmanager
 def run_lock(folder: RunFolder) -> Iterator[None]:
     """A `RunLock` for the length of a block."""

@@ -182,6 +182,39 @@ TECHNIQUES = View(
     search="tags.role = 'train'",
 )
 
+SPIKES = View(
+    key="spikes",
+    name="Spikes",
+    sections=(
+        Section(
+            "1 Loss and its spikes",
+            (
+                # A point for every spike, and a staircase: both survive the sampling of a long run's chart.
+                LineChart("train/loss_max", "log"),
+                LineChart("spike/loss_at_spike", "log"),
+                LineChart("spike/count"),
+                LineChart("train/grad_norm", "log"),
+            ),
+        ),
+        Section("2 Scores", (LineChart("spike/score_loss"), LineChart("spike/score_grad_norm"))),
+        Section("3 Taken back", (LineChart("rewound/loss", "log"), LineChart("rewound/grad_norm", "log"))),
+        Section("4 Final figures", (BarChart("final/spikes"), BarChart("final/steps_lost"))),
+    ),
+    columns=(
+        "metrics.final/spikes",
+        "metrics.final/steps_lost",
+        "metrics.final/diverged",
+        "metrics.final/val_loss",
+        "params.response.kind",
+        "params.optimizer.lr",
+        "params.stability.clip.kind",
+        "params.schedule.steps",
+        "params.seed",
+        "attributes.Models",
+    ),
+    search="tags.role = 'train'",
+)
+
 STUDIES = View(
     key="studies",
     name="Studies",
@@ -213,7 +246,7 @@ STUDIES = View(
     group_tag="arm_of_study",
 )
 
-VIEWS = (TRAINING, ROUTING, HEALTH, TECHNIQUES, STUDIES)
+VIEWS = (TRAINING, SPIKES, ROUTING, HEALTH, TECHNIQUES, STUDIES)
 
 # Ten that are easy to tell apart (matplotlib's tab10), as many as runs are on the charts at first. The UI's own choice
 # gave two runs of five the same blue.

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from infra.cli import Steadymoe, main
 from pipelines.loading import load_config, parse_setting, preset_names
+from pipelines.run_folder import RunFolder, RunInfo
 from pipelines.yaml_text import parse_document
+from tests.pipelines.spiky import record, spike
 
 HEAVY = ("torch", "ray", "mlflow")
 
@@ -52,6 +55,27 @@ def test_help_and_mistakes_are_answered_without_the_heavy_libraries(argv: list[s
     assert loaded_by(argv) == (code, set())
 
 
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["runs"], 0),
+        (["runs", "--limit", "0"], 2),
+        (["spikes", "latest"], 0),
+        (["spikes", "latest", "--json"], 0),
+        (["spikes", "latest", "1", "--json"], 0),
+        (["spikes", "latest", "2"], 2),
+    ],
+)
+def test_lists_of_runs_and_events_do_without_the_heavy_libraries(
+    argv: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path))
+    folder = RunFolder(tmp_path / "runs" / "abc")
+    folder.write_info(RunInfo("abc", "tiny-1", "steadymoe", "7", "2026-05-01T10:00:00+00:00", "http://127.0.0.1:1"))
+    record(folder, spike(100))
+    assert loaded_by(argv) == (code, set())
+
+
 def test_the_check_for_heavy_libraries_can_fail() -> None:
     code = f"import torch, sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -64,7 +88,8 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
         ([], "error: no command given (see steadymoe --help)"),
         (
             ["trian"],
-            "error: argument {prepare,train,study,deliver,export,up,status,down,submit}: invalid choice: 'trian'",
+            "error: argument {prepare,train,study,runs,spikes,deliver,export,up,status,down,submit}: "
+            "invalid choice: 'trian'",
         ),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["train", "--nonsense"], "error: unrecognized arguments: --nonsense"),
@@ -73,6 +98,10 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
         (["train", "micro", "--set", "lr=1"], "error: lr: unknown key; did you mean optimizer.lr? (set by --set)"),
         (["train", "micro", "--resume", "latest"], "error: --resume takes the config of the run"),
         (["train", "--resume", "latest", "--set", "optimizer.lr=1"], "error: optimizer.lr: cannot change"),
+        (["spikes"], "error: the following arguments are required: RUN"),
+        (["spikes", "a", "1", "2"], "error: one event at a time; leave out 2"),
+        (["spikes", "a", "--full"], "error: --full shows the text of one event's batch, so it needs an event"),
+        (["spikes", "a", "1", "--full", "--json"], "error: --json prints what is recorded, and the text is not"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(

@@ -9,12 +9,14 @@ import pytest
 from mlflow.utils.validation import MAX_EXPERIMENT_TAG_VAL_LENGTH
 
 from pipelines import views
+from pipelines.ending import ending_of
 from pipelines.flatten import flatten
-from pipelines.history import History
+from pipelines.outbox import Outbox
 from pipelines.run_folder import RunFolder
 from pipelines.saved_view import BarChart, LineChart, Section, View, read_state
+from pipelines.spool import SpoolReader
 from pipelines.tracking_store import TrackingStore
-from pipelines.views import HEALTH, ROUTING, TECHNIQUES, TRAINING, VIEWS, publish_views
+from pipelines.views import HEALTH, ROUTING, SPIKES, TECHNIQUES, TRAINING, VIEWS, publish_views
 from tests.pipelines.small_run import run_loop, small_config
 
 NOTE = "mlflow.note.content"
@@ -34,8 +36,17 @@ WITH_TECHNIQUES = (
 )
 
 
+# Limits that noise exceeds: training goes back once, and then the run is ended.
+WITH_SPIKES = (
+    "schedule.steps=60",
+    "detector={kind: robust, warn: 1.0, act: 1.0}",
+    "response.rungs=[rewind_skip_samples]",
+)
+
+
 @pytest.mark.parametrize(
-    ("seen", "settings"), [((TRAINING, ROUTING, HEALTH), MONITORED), ((TECHNIQUES,), WITH_TECHNIQUES)]
+    ("seen", "settings"),
+    [((TRAINING, ROUTING, HEALTH), MONITORED), ((SPIKES,), WITH_SPIKES), ((TECHNIQUES,), WITH_TECHNIQUES)],
 )
 @pytest.mark.usefixtures("home")
 def test_a_run_records_every_metric_and_parameter_that_is_on_a_view(
@@ -43,8 +54,10 @@ def test_a_run_records_every_metric_and_parameter_that_is_on_a_view(
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     run_loop(0, 1, folder.path, settings)
-    history = History.read(folder.spool)
-    recorded = history.series.keys() | history.finals().keys()
+    outbox = Outbox(0, {})
+    outbox.add(SpoolReader(folder.spool).read())
+    recorded = {name for record in outbox.due(everything=True) for name in record.metrics}
+    recorded |= ending_of(folder, None, "FINISHED", None)["metrics"].keys()
     columns = {f"metrics.{name}" for name in recorded} | {f"params.{name}" for name in flatten(small_config())}
     columns.add("attributes.Models")
     for view in seen:
