@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pipelines.journal import Journal
 from pipelines.response_config import LadderResponseConfig, RecordResponseConfig, ResponseConfig, Rung
 from pipelines.spike_event import Action, Kind
+from pipelines.spike_words import KINDS
 
-_REWINDS = ("rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr")
+_REWINDS = ("rewind", "rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ def answer(config: ResponseConfig, journal: Journal, kind: Kind, step: int) -> A
             blameless = kind == "replica_mismatch" and config.rungs[number] == "rewind_skip_samples"
             return Answer("rewind" if blameless else config.rungs[number], number + 1)
         limits.add(obstacle)
+    if config.after_last == "record" and kind in ("loss", "grad_norm"):
+        return Answer("record", len(config.rungs))
     limits.discard("")
-    why = f"no answer of response.rungs is left for the {_WORDS[kind]} at step {step}"
+    why = f"no answer of response.rungs is left for step {step}: {KINDS[kind]}"
     return Answer("abort", rung, why + (f" ({', '.join(sorted(limits))} reached)" if limits else ""))
 
 
@@ -58,11 +61,3 @@ def _obstacle(config: LadderResponseConfig, journal: Journal, kind: Kind, rung: 
     if rung == "skip_step" and journal.skipped_steps >= config.max_skipped_steps:
         return "response.max_skipped_steps"
     return None
-
-
-_WORDS: dict[Kind, str] = {
-    "loss": "loss spike",
-    "grad_norm": "spike of the gradient norm",
-    "non_finite": "loss or gradient that was not finite",
-    "replica_mismatch": "difference between replicas",
-}

@@ -165,12 +165,13 @@ class Responder(StepHook):
                 SpikeEvent(**known, detail=detail, rewound_to=done.rewound_to, outcome=outcome),
             )
             add_note(self._folder.notes, Note("spike", detail))
+        # Before the journal: a worker that is killed in between answers the same spike again, from an older checkpoint.
+        if done.rewound_to is not None:
+            self._keeper.go_back(done.rewound_to)
         self._write_journal()
         if aborted:
             self._keeper.condemn(identity)
             return Response(ending=Ending("diverged", step, found.reason))
-        if done.rewound_to is not None:
-            self._keeper.go_back(done.rewound_to)
         self._keeper.restart_confirmation(step)
         return Response(rewound_to=done.rewound_to)
 

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from moe.config.anticipation import AnticipationConfig, TriggeredAnticipationConfig
 from moe.config.base import Config
 
-Rung = Literal["record", "skip_step", "rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr"]
+Rung = Literal["record", "skip_step", "rewind", "rewind_skip_samples", "rewind_anticipate", "rewind_lower_lr"]
 
 _DEFAULT_RUNGS: tuple[Rung, ...] = (
     "skip_step",
@@ -33,10 +33,12 @@ class LadderResponseConfig(Config):
     rungs: list[Rung] = Field(default=list(_DEFAULT_RUNGS), min_length=1)
     """The answers in order: a spike gets the first, one that comes back within ``calm_steps`` the next. ``record``
     takes the step; ``skip_step`` refuses its update. The others go back to a snapshot that is at least ``guard_steps``
-    older than the onset, and then: leave out the samples since the onset; anticipate, which needs
-    ``stability.anticipation.kind=triggered``; multiply the learning rate by ``lr_factor``, after a rise over
-    ``rewarm_steps``. After the last one the run ends. What no batch can have caused (replicas that differ) is answered
-    by the first rung that goes back."""
+    older than the onset, and then: change nothing, which helps against what the hardware has done and not against text;
+    leave out the samples since the onset; anticipate, which needs ``stability.anticipation.kind=triggered``; multiply
+    the learning rate by ``lr_factor``, after a rise over ``rewarm_steps``. What no batch can have caused (replicas that
+    differ) is answered by the first rung that goes back."""
+    after_last: Literal["abort", "record"] = "abort"
+    """What a spike gets that comes back after the last rung: the end of the run, or nothing unless it is not finite."""
     calm_steps: PositiveInt = 50
     """Steps without another event after which one has been recovered from, and the ladder begins anew."""
     max_rewinds: PositiveInt = 10

@@ -57,17 +57,19 @@ def _spans(event: SpikeEvent, trace_id: bytes, failed: bool) -> list["Span"]:
     detected = _of(record, "kind", "step", "value", "baseline", "score", "threshold", "onset", "tokens_seen")
     diagnosed = _of(record, "samples", "documents", "layers", "grad_norms", "metrics")
     answered = _of(record, "action", "detail", "rewound_to", "checkpoint")
-    root = _span(event, trace_id, event.id, detected, {**answered, "outcome": record["outcome"]}, failed=failed)
+    outcome = _of(record, "outcome")
+    root = _span(event, trace_id, event.id, detected, {**answered, **outcome}, failed=failed)
     return [
         root,
         _span(event, trace_id, "detect", detected, {}, parent=event.id),
         _span(event, trace_id, "diagnose", {}, diagnosed, parent=event.id),
-        _span(event, trace_id, "answer", answered, record["outcome"] or {}, parent=event.id, failed=failed),
+        _span(event, trace_id, "answer", answered, outcome.get("outcome", {}), parent=event.id, failed=failed),
     ]
 
 
 def _of(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: record[name] for name in names}
+    """Those of the fields that say something."""
+    return {name: record[name] for name in names if record[name] not in (None, "", [], {})}
 
 
 def _span(
@@ -84,13 +86,13 @@ def _span(
 
     start_ns = event.time_ms * 1_000_000
     lasts_ms = 0 if name in ("detect", "diagnose") else _duration_ms(event)
-    known = {name: value for name, value in {**inputs, **outputs}.items() if value not in (None, "", [], {})}
     attributes = {
         "mlflow.traceRequestId": f"tr-{trace_id.hex()}",
         "mlflow.spanType": "UNKNOWN",
         "mlflow.spanInputs": inputs,
         "mlflow.spanOutputs": outputs,
-        **known,
+        **inputs,
+        **outputs,
     }
     return Span.from_dict(
         {

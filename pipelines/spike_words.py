@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from pipelines.spike_event import Action, Kind, SpikeEvent, State, steps_lost
 
-_KINDS: dict[Kind, str] = {
+KINDS: dict[Kind, str] = {
     "loss": "loss spike",
     "grad_norm": "gradient norm spike",
     "non_finite": "loss or gradient not finite",
@@ -17,6 +17,7 @@ _KINDS: dict[Kind, str] = {
     "checkpoint_failed": "a checkpoint could not be written",
     "tracking_outage": "the tracking server was away",
 }
+"""What was noticed."""
 
 _ACTIONS: dict[Action, str] = {
     "record": "recorded, and the step taken",
@@ -35,7 +36,7 @@ _STATES: dict[State, str] = {
     "open": "not known yet what becomes of it",
     "recovered": "recovered",
     "relapsed": "came back",
-    "aborted": "the run ended for it",
+    "aborted": "not recovered",
 }
 
 FINAL_STATES: tuple[State, ...] = ("recovered", "relapsed", "aborted")
@@ -44,7 +45,7 @@ FINAL_STATES: tuple[State, ...] = ("recovered", "relapsed", "aborted")
 
 def what(event: SpikeEvent) -> str:
     """What was noticed: its step, its kind, and how far above the expected it was."""
-    return f"step {event.step:,}: {_KINDS[event.kind]}{_excess(event)}"
+    return f"step {event.step:,}: {KINDS[event.kind]}{_excess(event)}"
 
 
 def answer(event: SpikeEvent) -> str:
@@ -59,7 +60,7 @@ def outcome(event: SpikeEvent) -> str:
         return _STATES["open"]
     state = _STATES[event.outcome.state]
     if event.outcome.state in FINAL_STATES:
-        state += f" at step {event.outcome.at_step:,}"
+        state += f" {'by' if event.outcome.state == 'aborted' else 'at'} step {event.outcome.at_step:,}"
     return f"{state}{cost(event)}"
 
 
@@ -67,7 +68,9 @@ def cost(event: SpikeEvent) -> str:
     """Steps and seconds that it has cost, after a semicolon; nothing if that is not known, or was nothing."""
     if event.outcome is None or not event.outcome.steps_lost:
         return ""
-    return f"; {counted(event.outcome.steps_lost, 'step')} lost in {event.outcome.seconds_lost:.1f} s"
+    seconds = event.outcome.seconds_lost
+    took = f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.2g}"
+    return f"; {counted(event.outcome.steps_lost, 'step')} lost in {took} s"
 
 
 def short_outcome(event: SpikeEvent) -> str:

@@ -14,6 +14,8 @@ MeasureName = Literal[
     "dead_experts",
     "loss_spikes",
     "grad_spikes",
+    "spikes_left",
+    "steps_lost",
     "clip_rate",
     "steps",
     "step_ms",
@@ -35,6 +37,8 @@ DESCRIPTIONS: dict[str, str] = {
     "dead_experts": "experts that no validation token reached, over all layers",
     "loss_spikes": "spike score of the loss: percent of steps 7 standard deviations above the last 200",
     "grad_spikes": "spike score of the gradient norm before clipping, as for the loss",
+    "spikes_left": "steps that spiked (the detector's limit to act on) and that training did not go back behind",
+    "steps_lost": "steps whose update was refused, and steps that were taken back",
     "clip_rate": "share of the steps at which the clip changed the gradient",
     "steps": "optimizer steps of the schedule",
     "step_ms": "median time of a step in milliseconds, beside the trials that ran at the same time",
@@ -69,3 +73,5 @@ OF_TOKENS = frozenset({"real_experts_spread", "token_complexity"})
 """Measures that take the figures of every validation token (``validation.per_token``)."""
 OF_SPIKES = frozenset({"loss_spikes", "grad_spikes"})
 """Measures that a run of too few steps does not have."""
+OF_EVENTS = frozenset({"spikes_left", "steps_lost"})
+"""Measures of a run's events rather than of its series."""

@@ -10,7 +10,9 @@ from rich.table import Table
 from pipelines.config import RunConfig
 from pipelines.environment import cores, cpu_name
 from pipelines.faults import corrupted_steps
+from pipelines.journal import Journal
 from pipelines.run_folder import RunFolder, write_json, write_whole
+from pipelines.spike_event import read_events, steps_lost
 from pipelines.token_table import TokenTable
 from tuning.measures import measure
 from tuning.recording import read_series
@@ -28,10 +30,18 @@ PICTURE = "study.png"
 
 def measure_trial(folder: RunFolder, config: RunConfig) -> dict[str, float]:
     """The measures of a trial from what it left in its folder, but for those that take other trials."""
-    measures = measure(read_series(folder), config, corrupted_steps(config))
+    measures = measure(read_series(folder), config, corrupted_steps(config)) | _of_events(folder)
     if config.model.moe.num_experts and folder.tokens.exists():
         measures["real_experts_spread"] = spread(TokenTable.read(folder.tokens).experts_T, picks_of(config.model))
     return measures
+
+
+def _of_events(folder: RunFolder) -> dict[str, float]:
+    journal = Journal.read(folder.journal)
+    return {
+        "spikes_left": float(len(journal.decisions)),
+        "steps_lost": float(steps_lost(read_events(folder.events))),
+    }
 
 
 def complexities(reference: str, folders: Mapping[TrialKey, RunFolder]) -> dict[TrialKey, float]:

@@ -50,7 +50,8 @@ def replay_figure(plan: Plan, run: Course, treatments: Mapping[str, Course]) -> 
     for axes, (metric, name, log) in zip(panels, _PANELS, strict=True):
         _plot(axes, plan, run, metric, "the run", INK, width=3.5, alpha=0.25)
         for number, (treatment, course) in enumerate(treatments.items()):
-            _plot(axes, plan, course, metric, treatment, run_colour(number), width=1.4)
+            # What changes nothing is on top, with gaps: a treatment without effect lies under it.
+            _plot(axes, plan, course, metric, treatment, run_colour(number), width=1.4, on_top=number == 0)
         frame(axes, name)
         if not axes.lines:
             say_empty(axes)
@@ -59,6 +60,7 @@ def replay_figure(plan: Plan, run: Course, treatments: Mapping[str, Course]) -> 
             axes.set_yscale("log")
             number_log_axis(axes.yaxis)
         axes.axvline(plan.event.step, color=INK, linewidth=1.0, linestyle="--")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     panels[-1].set_xlabel("optimizer step; dashed: the event", color=INK, fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=5, frameon=False, fontsize=8.5, labelcolor=INK)
@@ -66,7 +68,16 @@ def replay_figure(plan: Plan, run: Course, treatments: Mapping[str, Course]) -> 
 
 
 def _plot(
-    axes: "Axes", plan: Plan, course: Course, metric: str, label: str, color: str, width: float, alpha: float = 1.0
+    axes: "Axes",
+    plan: Plan,
+    course: Course,
+    metric: str,
+    label: str,
+    color: str,
+    *,
+    width: float,
+    alpha: float = 1.0,
+    on_top: bool = False,
 ) -> None:
     first = max(plan.start.step + 1, plan.onset - _BEFORE)
     values = {
@@ -75,4 +86,12 @@ def _plot(
         if first <= step <= plan.until and metric in record.metrics
     }
     if values:
-        axes.plot(list(values), list(values.values()), color=color, linewidth=width, alpha=alpha, label=label)
+        line, order = ("--", 3) if on_top else ("-", 2)
+        axes.plot(
+            *(list(values), list(values.values()), line),
+            color=color,
+            linewidth=width,
+            alpha=alpha,
+            label=label,
+            zorder=order,
+        )

@@ -22,9 +22,10 @@ _HOW_TO_READ = """\
 How to read it: all treatments begin with the same state and have the same batches and learning rates, but for what
 they change. **avoided**: no event from the spike's onset to the end. Otherwise the detector's highest score tells:
 **smaller** (by a fifth at least), **larger** (by a quarter at least) or the **same**; **diverged**: loss or gradient is
-not finite. Losses are in nats per token: the training loss is the mean of the last 10 steps, the validation loss that
-after the last step; the last two columns are the validation loss less that of another treatment: as-it-was, and the
-best. One seed, one spike: a difference of the losses may be chance."""
+not finite; **no effect**: what it changes never acted, and every loss is that of as-it-was, bit for bit. Losses are in
+nats per token: the training loss is the mean of the last 10 steps after the event, the validation loss that after the
+last step; the last two columns are the validation loss less that of another treatment: as-it-was, and the best. One
+seed, one spike: a difference of the losses may be chance."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ReplayOutcome:
     def sentence(self) -> str:
         """What avoids the spike, in words."""
         others = [row for row in self.rows if row.name != AS_IT_WAS]
-        names = [row.name for row in others if row.verdict == "avoided"]
+        names = [name for name in self.avoiding if name != AS_IT_WAS]
         which = f"{self.plan.event.id} of run {self.plan.run.info.name}"
         if not names:
             return f"None of {len(others)} treatments avoids {which}."

@@ -19,6 +19,7 @@ from pipelines.loading import SETTINGS, Tree, load_config, parse_setting, settin
 from pipelines.run_folder import RunFolder
 from pipelines.spike_event import Action, SpikeEvent, read_events
 from pipelines.spike_list import find_event
+from tuning.replay_faults import faults_left_out, needs_checkpoints
 from tuning.treatments import AS_IT_WAS, TREATMENTS, Change, Situation, Treatment, refuse_unknown
 
 _DECIDED = {
@@ -93,6 +94,8 @@ class Plan:
     """The first changes nothing."""
     left_out: Mapping[str, str]
     """Treatments that cannot act here, and why."""
+    faults_left_out: tuple[int, ...] = ()
+    """Places in ``faults`` of those that do not happen again."""
 
 
 def make_plan(run: RunFolder, wanted: str, names: Sequence[str], after: int, settings: Sequence[str]) -> Plan:
@@ -113,7 +116,9 @@ def make_plan(run: RunFolder, wanted: str, names: Sequence[str], after: int, set
     event = _training_event(run, wanted)
     config = load_config([str(run.config)])
     journal, onset = Journal.read(run.journal), event.onset or event.step
-    known = journal_as_of(journal, read_events(run.events), event)
+    events = read_events(run.events)
+    before = events[: [each.id for each in events].index(event.id)]
+    known = journal_as_of(journal, before, event)
     start = choose_start(run, event, journal.rewinds)
     until = min(event.step + after, config.steps)
     changes = _Configs(run, config, settings, start.step, until)
@@ -131,7 +136,18 @@ def make_plan(run: RunFolder, wanted: str, names: Sequence[str], after: int, set
         else:
             left_out[name] = found
     return Plan(
-        run, config, event, known, tuple(journal.rewinds), start, onset, until, tuple(settings), tuple(arms), left_out
+        run=run,
+        config=config,
+        event=event,
+        journal=known,
+        rewinds=tuple(journal.rewinds),
+        start=start,
+        onset=onset,
+        until=until,
+        settings=tuple(settings),
+        arms=tuple(arms),
+        left_out=left_out,
+        faults_left_out=tuple(faults_left_out(config, before)),
     )
 
 
@@ -171,7 +187,7 @@ class _Configs:
         self._run = run
         self._below: dict[str, Tree] = {"replay": _recording(config, start), SETTINGS: settings_tree(settings)}
         self._above: Tree = {
-            "checkpoint": {"every_steps": 0, "at_end": False},
+            "checkpoint": {"at_end": False} | ({} if needs_checkpoints(config) else {"every_steps": 0}),
             "validation": {"every_steps": until, "per_token": False},
             "tracking": {"every_steps": 1, "run_name": None},
         }
@@ -193,21 +209,21 @@ def _recording(config: RunConfig, start: int) -> Tree:
     return tree
 
 
-def journal_as_of(journal: Journal, events: Sequence[SpikeEvent], event: SpikeEvent) -> Journal:
+def journal_as_of(journal: Journal, before: Sequence[SpikeEvent], event: SpikeEvent) -> Journal:
     """What had been decided when ``event`` came, as the journal of a run that has never gone back.
 
     Args:
         journal: of the run, as it is now.
-        events: of the run, in the order in which they came.
-        event: one of them.
+        before: the run's events before that one, in the order in which they came.
+        event: the event.
 
     Raises:
         UserError: an event before it is not recorded (a full disk), so that this cannot be known.
     """
-    before = [each for each in events[: [each.id for each in events].index(event.id)] if each.is_training]
+    spikes = [each for each in before if each.is_training]
     decisions: dict[int, Action] = {}
     answers: dict[int, Action] = {}
-    for each in before:
+    for each in spikes:
         if each.rewound_to is None:
             decisions[each.step] = each.action
         else:
@@ -225,7 +241,7 @@ def journal_as_of(journal: Journal, events: Sequence[SpikeEvent], event: SpikeEv
         skipped_samples=journal.skipped_samples[: times["rewind_skip_samples"]],
         lr_cuts=journal.lr_cuts[: times["rewind_lower_lr"]],
         anticipated_from=journal.anticipated_from[: times["rewind_anticipate"]],
-        events=len(before),
+        events=len(spikes),
     )
 
 

@@ -16,6 +16,7 @@ from pipelines.shards import Shards
 from pipelines.text import fit_to_text
 from pipelines.tracking_store import TrackingStore
 from pipelines.views import run_colour
+from tuning.replay_faults import write_faults
 from tuning.replay_plan import Arm, Plan, arm_journal
 from tuning.replay_run import ReplayRun
 from tuning.replay_verdict import Measured, measure_replay
@@ -101,6 +102,7 @@ class ReplayTrials:
         config = fit_to_text(arm.config, self._shards)
         folder = free_folder(f"{self._run.info.id}-{arm.name}")
         arm_journal(self._plan, arm.change, self._samples).write(folder.journal)
+        write_faults(folder, config, self._plan.faults_left_out)
         name = f"{arm.name}-{self._plan.event.id}"
         self._running[arm.name] = arm, TrackedTrial(name, config, folder, self._tags(arm, number))
         job = TrialJob(

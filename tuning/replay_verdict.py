@@ -12,9 +12,10 @@ from pipelines.spike_event import read_events
 from pipelines.spool import TRAIN, VALIDATION, SpoolReader, live
 from tuning.replay_plan import Plan
 
-Verdict = Literal["avoided", "smaller", "same", "larger", "diverged"]
+Verdict = Literal["avoided", "smaller", "same", "larger", "diverged", "no effect"]
 """avoided: no event from the spike's onset to the end of the replay. diverged: loss or gradient is not finite. In
-between the highest score tells: smaller by a fifth at least, larger by a quarter at least."""
+between the highest score tells: smaller by a fifth at least, larger by a quarter at least. no effect: not a bit of any
+loss is another."""
 
 _SMALLER, _LARGER = 0.8, 1.25
 # Of so many last steps the training loss is the mean.
@@ -36,6 +37,8 @@ class Measured:
     """Mean of the last steps of the replay, after the event's; None if it was not finite, or never came to that."""
     val_loss: float | None
     """After the last step."""
+    losses: tuple[float | None, ...] = ()
+    """The training loss of every step, in order."""
 
     def figures(self) -> dict[str, float]:
         """As metrics of the trial's run."""
@@ -66,11 +69,14 @@ def measure_replay(plan: Plan, folder: RunFolder, ending: Ending) -> Measured:
         peak=_highest(window, f"train/{series}"),
         train_loss=fmean(finite) if len(finite := [x for x in losses if x is not None]) == len(last) else None,
         val_loss=validations[-1] if validations else None,
+        losses=tuple(train[step].metrics.get("train/loss") for step in sorted(train)),
     )
 
 
 def judge_replay(measured: Measured, plain: Measured) -> Verdict:
     """What became of the spike, against ``plain``, the treatment that changes nothing."""
+    if measured is not plain and measured.losses == plain.losses:
+        return "no effect"
     if measured.diverged:
         return "diverged"
     if not measured.events:

@@ -12,6 +12,7 @@ from moe.config.anticipation import NoAnticipationConfig
 from pipelines.loading import parse_setting
 from pipelines.spike_words import counted
 from pipelines.spool import REWIND, TRAIN, Record, SpoolReader, live
+from tuning.replay_faults import fault_cut_by
 from tuning.replay_plan import Plan
 
 _COMPARED = ("train/loss", "train/grad_norm")
@@ -105,6 +106,8 @@ def what_is_different(
     anticipates = not isinstance(plan.config.stability.anticipation, NoAnticipationConfig)
     if went_back and anticipates:
         found.append("the run dropped anticipated choices when it went back on the way to the event")
+    if (number := fault_cut_by(plan.config, plan.start.step)) is not None:
+        found.append(f"faults.{number} lasted over the step that the replay begins with, and a restart ends it")
     return tuple(found)
 
 

@@ -167,7 +167,9 @@ def refuse_unknown(names: Sequence[str]) -> None:
 def what_changes(change: Change, start: int, samples: int) -> str:
     """A change in one line, keys and all; ``start`` is the step that the replay begins after, ``samples`` how many are
     left out, if any are."""
-    parts = [f"{key}={value}" for key, value in _flat(change.config) if key != "schedule.stages"]
+    parts = [
+        f"{key}={'null' if value is None else value}" for key, value in _flat(change.config) if key != "schedule.stages"
+    ]
     if change.lr_factor is not None:
         parts.append(f"times {change.lr_factor:g} from step {start + 1:,} on")
     if change.leaves_samples_out:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from moe.config.base import Config
-from moe.config.model import MoeConfig
+from moe.config.model import ModelConfig
 
 
 class NoAnticipationConfig(Config):
@@ -32,6 +32,9 @@ class TriggeredAnticipationConfig(Config):
     kind: Literal["triggered"] = "triggered"
     lag: PositiveInt = 4
     """As of ``always``; reached after as many steps of the mode."""
+    shuffle_layers: bool = False
+    """A control for studies, which no model should be trained with: the layers exchange their choices, each step in
+    another order. What helps as much as anticipation did with this on is noise in routing."""
     steps: PositiveInt = 100
     """Steps that a trigger lasts, the first of which, that fills the queue, routes as ever; a trigger in the meantime
     counts from anew. A value of this project."""
@@ -45,10 +48,11 @@ AnticipationConfig = Annotated[
 ]
 
 
-def anticipation_problem(anticipation: AnticipationConfig, moe: MoeConfig, steps: int) -> str | None:
+def anticipation_problem(anticipation: AnticipationConfig, model: ModelConfig, steps: int) -> str | None:
     """Why experts cannot be anticipated in this model over so many optimizer steps, in one line; None if they can."""
     if isinstance(anticipation, NoAnticipationConfig):
         return None
+    moe, choosing = model.moe, model.num_choosing_layers
     name, kind = "stability.anticipation", f"stability.anticipation.kind is {anticipation.kind}"
     if moe.num_experts == 0:
         return f"{kind}, but model.moe.num_experts is 0: there is no expert to choose; set it to none"
@@ -62,6 +66,8 @@ def anticipation_problem(anticipation: AnticipationConfig, moe: MoeConfig, steps
                 f"{name}.steps ({anticipation.steps}) ends the mode before its lag ({anticipation.lag}) is reached; "
                 f"make it at least {anticipation.lag + 1}"
             )
+        if anticipation.shuffle_layers and choosing < 2:
+            return f"{name}.shuffle_layers needs two MoE layers that choose, and the model has {choosing}"
         if late := [step for step in anticipation.at_steps if step >= steps]:
             return f"{name}.at_steps: there is no step after step {late[0]} of {steps} in all"
     return None

@@ -114,7 +114,7 @@ class TrainerConfig(Config):
 
     @model_validator(mode="after")
     def _experts_can_be_anticipated(self) -> "TrainerConfig":
-        problem = anticipation_problem(self.stability.anticipation, self.model.moe, self.steps)
+        problem = anticipation_problem(self.stability.anticipation, self.model, self.steps)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -109,7 +109,11 @@ class Anticipation(Technique, ABC):
             end = ahead + 1
         self.progress[0], self.progress[1] = first, end
         self._now = min(step - first, self.lag)
-        return self._queue.get(moment) if self._now else None
+        return self._given(moment) if self._now else None
+
+    def _given(self, moment: Moment) -> list[torch.Tensor]:
+        """The ids for the layers at ``moment``."""
+        return self._queue.get(moment)
 
     def after_forward(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
         """Count the decisions of this micro-batch, and those that today's weights would have made otherwise."""
@@ -151,6 +155,7 @@ class TriggeredAnticipation(Anticipation):
     def __init__(self, config: TriggeredAnticipationConfig, model: ModelConfig, ranks: Ranks) -> None:
         super().__init__(config, model, ranks)
         self.steps, self.at_steps = config.steps, frozenset(config.at_steps)
+        self.shuffles = config.shuffle_layers
 
     def trigger(self, steps_done: int) -> None:
         """Be on for ``steps`` steps after the first ``steps_done``; prolongs what is on already."""
@@ -160,6 +165,15 @@ class TriggeredAnticipation(Anticipation):
         """Trigger where the config says so."""
         if moment.step in self.at_steps:
             self.trigger(moment.step)
+
+    def _given(self, moment: Moment) -> list[torch.Tensor]:
+        """Of other layers, if the config says so: those that choose turn by another number of places each step."""
+        given = super()._given(moment)
+        if not self.shuffles:
+            return given
+        fixed, choosing = given[: self.model.moe.hash_layers], given[self.model.moe.hash_layers :]
+        places = 1 + moment.step % (len(choosing) - 1)
+        return [*fixed, *choosing[places:], *choosing[:places]]
 
     def is_on(self, moment: Moment) -> bool:
         """Until the last trigger's steps are over."""

@@ -3,8 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
+from pipelines.errors import UserError
 from pipelines.journal import Journal, LrCut
 from pipelines.ladder import answer
+from pipelines.loading import load_config
 from pipelines.response_config import LadderResponseConfig, RecordResponseConfig
 from pipelines.spike_event import Kind
 
@@ -70,6 +72,30 @@ def test_a_cut_learning_rate_rises_to_its_share_and_cuts_multiply() -> None:
 def test_snapshots_that_cannot_serve_are_refused(values: dict[str, int], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LadderResponseConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["response.rungs=[rewind_anticipate]"], "needs stability.anticipation.kind=triggered"),
+        (["stability.anticipation.kind=triggered"], "nothing triggers it: put rewind_anticipate into response.rungs"),
+    ],
+)
+def test_anticipation_and_its_trigger_go_together(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(["micro"], settings)
+    load_config(["micro"], ["response.rungs=[rewind_anticipate]", "stability.anticipation.kind=triggered"])
+
+
+def test_going_back_with_nothing_changed_is_an_answer_too() -> None:
+    config = LadderResponseConfig(rungs=["rewind", "skip_step"])
+    assert actions("loss", [100, 100, 100], config) == ["rewind", "skip_step", "abort"]
+
+
+def test_after_the_last_rung_a_run_may_go_on_with_what_is_finite() -> None:
+    config = LadderResponseConfig(rungs=["skip_step"], after_last="record", calm_steps=10)
+    assert actions("loss", [100, 105, 110, 130], config) == ["skip_step", "record", "record", "skip_step"]
+    assert actions("non_finite", [100, 105], config) == ["skip_step", "abort"]
 
 
 def test_with_the_default_distances_an_answer_never_loses_more_than_ten_steps() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pipelines.loop
+import pipelines.responder
 from moe.batch import Batch, BatchSource
 from pipelines.checkpoint_manifest import checkpoint_folders, step_of
 from pipelines.checkpoint_standing import standing
@@ -20,6 +21,7 @@ from pipelines.history import History
 from pipelines.journal import Journal
 from pipelines.keeper import CheckpointKeeper
 from pipelines.outcome import Ending
+from pipelines.recorder import Recorder
 from pipelines.run_folder import RunFolder
 from pipelines.spike_event import SpikeEvent, read_events
 from tests.distributed import run_distributed
@@ -166,7 +168,7 @@ def test_a_ladder_is_climbed_while_spikes_come_back_and_ends_the_run_with_a_reas
     ending = run_loop(0, 1, tmp_path / "run", (*SETTINGS, rungs, triggered))
     assert ending.outcome == "diverged"
     assert ending.reason is not None
-    assert ending.reason.startswith("no answer of response.rungs is left for the")
+    assert ending.reason.startswith("no answer of response.rungs is left for step")
     events = events_of(tmp_path / "run")
     assert [event.action for event in events] == [
         "record",
@@ -247,6 +249,52 @@ def test_checkpoints_of_a_timeline_that_was_left_are_discarded(tmp_path: Path, m
     assert seen[44] == "discarded"
     standings = {step_of(p): standing(p).state for p in checkpoint_folders(RunFolder(tmp_path / "run").checkpoints)}
     assert standings[44] in ("unconfirmed", "good")  # saved anew
+
+
+@pytest.mark.parametrize(
+    ("every", "target", "where"),
+    [(10, 20, "on the disk"), (0, 35, "in memory, less old than response.guard_steps wants")],
+    ids=["checkpoints", "none"],
+)
+def test_without_a_snapshot_that_is_old_enough_an_older_checkpoint_is_taken_if_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, target: int, where: str
+) -> None:
+    run_loop(0, 1, tmp_path / "clean", REWIND)
+    spoil(monkeypatch, BAD_STEP)
+    # A spike that has crept up since step 30, which snapshots of two distances do not reach behind.
+    monkeypatch.setattr(pipelines.responder, "is_conspicuous", lambda seen: seen.step >= 30)
+    settings = (*REWIND, "response.snapshots=2", f"checkpoint.every_steps={every}", "checkpoint.keep=9")
+    run_loop(0, 1, tmp_path / "run", settings)
+    event = events_of(tmp_path / "run")[0]
+    assert (event.onset, event.rewound_to) == (30, target)
+    assert f"went back to step {target} ({where})" in event.detail
+    clean, recovered = losses_of(tmp_path / "clean"), losses_of(tmp_path / "run")
+    first = max(30, target + 1)  # the first step that is repeated and whose samples are among those left out
+    assert [recovered[step] for step in range(1, first)] == [clean[step] for step in range(1, first)]
+    assert recovered[first] != clean[first]
+
+
+def test_a_worker_that_is_killed_on_the_way_back_finds_no_checkpoint_of_what_it_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it has written the journal by then or not."""
+    spoil(monkeypatch, BAD_STEP)
+    settings = (*REWIND, "checkpoint.every_steps=11", "response.rungs=[rewind_lower_lr, skip_step]")
+    run_loop(0, 1, tmp_path / "whole", settings)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for where, what in ((Journal, "write"), (Recorder, "rewind")):
+        run = tmp_path / what
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, what, die)
+            with pytest.raises(KeyboardInterrupt):
+                run_loop(0, 1, run, settings)
+        assert run_loop(0, 1, run, settings) == Ending("finished", STEPS)
+        assert losses_of(run) == losses_of(tmp_path / "whole")
+        assert [event.id for event in events_of(run)] == [event.id for event in events_of(tmp_path / "whole")]
+        assert History.read(RunFolder(run).spool).rewound["train/loss"].steps == [41, 42, 43, 44, 45]
 
 
 def test_all_ranks_go_back_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

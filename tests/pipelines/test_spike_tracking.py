@@ -107,7 +107,7 @@ def test_an_event_is_sent_once_its_outcome_is_final(store: TrackingStore, tmp_pa
     last = traces(client, folder)["loss-000200"]
     assert (last.info.tags["spike.outcome"], last.info.state) == ("aborted", TraceState.ERROR)
     assert last.info.response_preview is not None
-    assert last.info.response_preview.endswith("; the run ended for it at step 220")
+    assert last.info.response_preview.endswith("; not recovered by step 220")
     assert [row["outcome"] for row in table(client, folder, tmp_path / "down")] == ["recovered", "aborted"]
     with tracker:
         pass

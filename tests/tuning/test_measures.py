@@ -8,7 +8,7 @@ import pytest
 
 from moe.config.trainer import TrainerConfig
 from pipelines.config import RunConfig
-from tuning.measure_names import MEASURES, OF_CLIP, OF_EXPERTS, OF_TOKENS
+from tuning.measure_names import MEASURES, OF_CLIP, OF_EVENTS, OF_EXPERTS, OF_TOKENS
 from tuning.measures import measure, warmup_steps
 from tuning.series import Series
 
@@ -54,7 +54,7 @@ def series(
 
 def test_a_run_with_everything_has_every_measure() -> None:
     measures = measure(series(), config())
-    assert set(measures) == set(MEASURES) - OF_TOKENS
+    assert set(measures) == set(MEASURES) - OF_EVENTS - OF_TOKENS
     assert all(math.isfinite(value) for value in measures.values())
 
 
@@ -104,14 +104,14 @@ def test_a_validation_that_is_not_finite_has_diverged() -> None:
 
 def test_a_run_lost_before_its_first_validation_has_no_measures_of_it() -> None:
     measures = measure(series([5.5, math.nan], outcome="diverged", validation={}), config())
-    assert set(MEASURES) - set(measures) == {"max_vio_global", "dead_experts", "grad_spikes", *OF_TOKENS}
+    assert set(MEASURES) - OF_EVENTS - set(measures) == {"max_vio_global", "dead_experts", "grad_spikes", *OF_TOKENS}
     assert measures["loss_spikes"] == 100
 
 
 def test_a_dense_model_has_no_measures_of_experts_and_no_clip_no_rate() -> None:
     train = {"train/loss": falling(), "train/grad_norm": [1.0] * STEPS, "train/step_seconds": [0.25] * STEPS}
     measures = measure(Series("finished", STEPS, train, {"val/loss": 2.0}), config())
-    assert set(MEASURES) - set(measures) == OF_EXPERTS | OF_CLIP
+    assert set(MEASURES) - OF_EVENTS - set(measures) == OF_EXPERTS | OF_CLIP
 
 
 def test_time_is_that_of_the_whole_schedule_at_the_median_step() -> None:

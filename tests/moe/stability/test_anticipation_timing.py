@@ -11,6 +11,7 @@ from moe.trainer import Trainer
 from tests.moe.stability.anticipating import (
     LAG,
     STAGES,
+    STILL,
     Changes,
     RoutersSeen,
     always,
@@ -203,7 +204,6 @@ def test_a_refused_step_moves_the_queue_on_and_nothing_else() -> None:
         ([always(0)], "lag"),
         ([always(), {"model": {"moe": {"top_k": 8}}}], "every expert is chosen in any case"),
         ([triggered([1], steps=3)], r"ends the mode before its lag \(3\) is reached; make it at least 4"),
-        ([triggered([])], "nothing triggers it: name steps in stability.anticipation.at_steps"),
         ([triggered([3, 20])], "at_steps: there is no step after step 20 of 20 in all"),
         ([triggered([0])], "at_steps"),
     ],
@@ -217,3 +217,23 @@ def test_a_dense_model_has_nothing_to_anticipate() -> None:
     dense = {"model": {"moe": {"num_experts": 0, "num_shared_experts": 0}}, "stability": {"balance": {"kind": "none"}}}
     with pytest.raises(ValueError, match=r"kind is always, but model.moe.num_experts is 0"):
         tiny_config(dense, {"stability": {"balance_loss": {"kind": "none"}}}, always())
+
+
+def test_as_a_control_layers_take_each_others_choices() -> None:
+    control = {"stability": {"anticipation": {"shuffle_layers": True}}}
+    taken = []
+    for changes in ([], [control]):
+        trainer = tiny_trainer(tiny_config(MTP, STILL, triggered([2]), *changes))
+        seen = RoutersSeen(trainer)
+        taken.append([(trainer.step(), seen.ids_of_step())[1] for _ in range(7)])
+    for step, (own, exchanged) in enumerate(zip(*taken, strict=True)):
+        places = 1 + step % 2 if step in range(3, 7) else 0
+        turned = [*own[places:], *own[:places]]
+        assert all(torch.equal(a, b) for a, b in zip(exchanged, turned, strict=True)), step
+    assert not torch.equal(taken[0][4][0], taken[0][4][1])
+
+
+def test_one_layer_has_nobody_to_exchange_choices_with() -> None:
+    control = {"model": {"num_layers": 2}, "stability": {"anticipation": {"shuffle_layers": True}}}
+    with pytest.raises(ValueError, match="shuffle_layers needs two MoE layers that choose, and the model has 1"):
+        tiny_config(triggered([2]), control)
