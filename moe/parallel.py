@@ -128,4 +128,15 @@ def join(config: ParallelConfig, device: torch.device | None = None) -> Ranks:
     mesh = init_device_mesh(
         device.type, (world // config.expert_parallel, config.expert_parallel), mesh_dim_names=("replica", "ep")
     )
+    _share_timeout(mesh, device)
     return Ranks(device, dist.get_rank(), world, config.expert_parallel, mesh)
+
+
+def _share_timeout(mesh: DeviceMesh, device: torch.device) -> None:
+    """Give every group the timeout of the default one; torch gives new ones its own, half an hour for gloo."""
+    # Public functions take a timeout for groups that one makes oneself, and the mesh makes its own.
+    from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
+
+    timeout = _get_default_group()._get_backend(device).options._timeout
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)

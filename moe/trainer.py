@@ -6,7 +6,6 @@ It knows no framework. Ranks advance in lockstep: every method that is marked co
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
@@ -20,12 +19,14 @@ from moe.hooks import Seen, StepHook
 from moe.init import initialise
 from moe.loss import counted_targets, cross_entropy_sum
 from moe.model import Transformer
-from moe.monitors import Measurements, measure
+from moe.monitors import measure
 from moe.optim import build_optimizer
 from moe.parallel import Ranks
 from moe.parameters import ParameterSet
 from moe.precision import compute_dtype
 from moe.registry import collect_state
+from moe.replicas import Replicas
+from moe.report import REQUESTS, Evaluation, Report, Request
 from moe.routing_stats import (
     RoutingStats,
     bias_range,
@@ -43,45 +44,8 @@ from moe.start_check import check_start
 from moe.state import TrainingState
 from moe.traffic import Spread
 
-Request = Literal["stop", "save"]
-_REQUESTS: tuple[Request, ...] = ("stop", "save")
 # Expert ids [T, K] of one micro-batch, for every MoE layer.
 _Chosen = Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What happened in one optimizer step: host numbers, the same on every rank."""
-
-    step: int
-    """Optimizer steps done, this one included."""
-    taken: bool
-    """False where the update was refused, by a hook or because loss or gradient was not finite: then nothing has
-    changed but the step's number, and what looks at steps as they come (detector, anticipated choices)."""
-    moment: Moment
-    """What the schedule had for it."""
-    metrics: dict[str, float]
-    requests: frozenset[Request] = frozenset()
-    """What any rank has asked for since the last step."""
-    layer_max_vio: tuple[float, ...] = ()
-    """MaxVio of the step's load, per MoE layer."""
-    layer_idle: tuple[int, ...] = ()
-    """Experts that no token of the step reached, per MoE layer."""
-    readings: tuple[Reading, ...] = ()
-    """What the spike detector makes of the loss and of the gradient norm."""
-    health: Measurements | None = None
-    """Layer by layer, after the update, where this step was one to measure (``monitors.every_steps``)."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss and load over held-out batches: host numbers, the same on every rank."""
-
-    loss_sum: float
-    """Nats over all predicted tokens."""
-    tokens: int
-    counts_ME: torch.Tensor | None
-    """Tokens sent to each expert, identity experts left out, int64 [MoE layers, experts]; None for a dense model."""
 
 
 @dataclass
@@ -120,6 +84,7 @@ class Trainer:
             technique.before_training(self.parameters)
             technique.on_timeline(self.timeline)
         self.detector = SpikeDetector(config.detector)
+        self.replicas = Replicas(self.model, self.parameters, config.monitors.replicas_every_steps)
         self.routers = [layer.router for layer in self.model.moe_layers()]
         self.choosing = slice(config.model.moe.hash_layers, None)
         """Which MoE layers choose their experts: all but the first, hash-routed ones."""
@@ -135,6 +100,7 @@ class Trainer:
             self.detector.forget()
         for hook in self.hooks:
             hook.before_step(moment)
+        differing = self.replicas.differing(self.steps_done)
         micro_batches = [batch.to(self.ranks.device) for batch in self.batches(self.steps_done)]
         counts = self._count(micro_batches, moment)
         self.parameters.clear_gradients()
@@ -157,7 +123,7 @@ class Trainer:
         metrics |= {"train/grad_norm": norms.total} | {f"grad_norm/{g}": n for g, n in norms.groups.items()}
         readings = self.detector.see(metrics["train/loss"], norms.total)
         metrics |= {f"spike/score_{r.series}": r.score for r in readings if r.score is not None}
-        seen = Seen(self.steps_done + 1, moment, readings, finite, metrics)
+        seen = Seen(self.steps_done + 1, moment, readings, finite, metrics, differing)
         # All of them, whatever one says: each may have something to note.
         answers = [hook.takes(seen) for hook in self.hooks]
         taken = finite and all(answers)
@@ -170,7 +136,7 @@ class Trainer:
             # What a technique reports of the whole step stands against the figure of one micro-batch.
             metrics = health.headline() | metrics
         max_vio, idle = self._by_layer(load)
-        return Report(self.steps_done, taken, moment, metrics, requests, max_vio, idle, readings, health)
+        return Report(self.steps_done, taken, moment, metrics, requests, max_vio, idle, readings, health, differing)
 
     def _by_layer(self, load: StepLoad | None) -> tuple[tuple[float, ...], tuple[int, ...]]:
         if load is None:
@@ -269,7 +235,7 @@ class Trainer:
     ) -> tuple[dict[str, float], StepLoad | None, frozenset[Request]]:
         """Sum what the ranks saw; the same result on every rank."""
         routing, wire, device = sums.routing, self.ranks.wire, self.ranks.device
-        asked = [float(name in self._requested) for name in _REQUESTS]
+        asked = [float(name in self._requested) for name in REQUESTS]
         self._requested.clear()
         host = torch.tensor([wire.payload, wire.metadata, *asked], dtype=torch.float64, device=device)
         fp8 = [] if self.fp8_tally is None else [self.fp8_tally.sums]
@@ -278,10 +244,10 @@ class Trainer:
         summed = self.ranks.sum_over_world(local).tolist()
         metrics = {f"train/{name}": summed.pop(0) for name in sums.loss}
         entropy, decisions, visits, payload, metadata, *rest = summed
-        asked, fp8_sums = rest[: len(_REQUESTS)], rest[len(_REQUESTS) :]
+        asked, fp8_sums = rest[: len(REQUESTS)], rest[len(REQUESTS) :]
         if self.fp8_tally is not None:
             metrics |= self.fp8_tally.figures(fp8_sums)
-        requests = frozenset(name for name, count in zip(_REQUESTS, asked, strict=True) if count)
+        requests = frozenset(name for name, count in zip(REQUESTS, asked, strict=True) if count)
         if routing.counts_ME is None:
             return metrics, None, requests
         counts_MCE = None if routing.counts_MCE is None else self.ranks.sum_over_world(routing.counts_MCE)

@@ -41,6 +41,7 @@ from pipelines.checkpoint_manifest import (
 )
 from pipelines.checkpoint_standing import newest_valid, prune
 from pipelines.errors import UserError
+from pipelines.rehearsal import refuse_if_full
 
 __all__ = [
     "CheckpointError",
@@ -241,6 +242,7 @@ def _write_own(staging: Path, locals_: dict[str, Held], writers: Writers) -> Fil
     if not mine:
         return None
     path = staging / _file_name(_rank())
+    refuse_if_full(staging.parent)
     with _naming(path):
         save_file(mine, path, metadata={"format": "pt"})
     _sync(path)

@@ -128,10 +128,13 @@ class CheckpointConfig(Config):
 
 
 class RecoveryConfig(Config):
-    """What follows the death of a worker."""
+    """What follows the death of a worker, or its silence."""
 
     max_restarts: NonNegativeInt = 10
     """The workers start again from the newest checkpoint at most so often in one command."""
+    stall_timeout_s: Annotated[int, Field(ge=5)] = 300
+    """Seconds that a worker waits for another before all start again. Longer than anything that one does while the
+    others wait, above all reading and writing a checkpoint."""
 
 
 class TrackingConfig(Config):
@@ -203,9 +206,8 @@ class RunConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _faults_have_an_effect(self) -> "RunConfig":
-        shortest = min(self.batch_of(stage)[1] for stage in self.schedule.as_stages())
         for number, fault in enumerate(self.faults):
-            problem = fault_problem(fault, self.steps, shortest)
+            problem = fault_problem(fault, self)
             if problem is not None:
                 raise ValueError(f"faults.{number}.{problem}")
         return self

@@ -141,6 +141,12 @@ class TrainBatches:
         length of ``data.sequence_length``."""
         return self._order(np.arange(self._first_position(step), self._first_position(step + 1)))
 
+    def samples_of_rows(self, step: int) -> NDArray[np.int64]:
+        """The sample behind each sequence of this rank's share of the batch, in order: int64 [B]."""
+        moment = self._timeline.at(step)
+        first, end = _share(moment.global_batch_size, self._rank, self._world)
+        return self.sample_ids(step).repeat(self._data.sequence_length // moment.sequence_length)[first:end]
+
     def documents(self, step: int) -> dict[int, list[DocumentSpan]]:
         """The documents behind every sample of the global batch, by sample id."""
         return {sample: self._dataset.documents(sample) for sample in self.sample_ids(step).tolist()}

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config import TrackingConfig
 from pipelines.ending import end_if_orphaned
 from pipelines.errors import first_line
+from pipelines.outage import Outage
 from pipelines.outbox import Outbox
 from pipelines.registration import CheckpointRegistry
+from pipelines.rehearsal import refuse_if_cut_off
 from pipelines.run_folder import RunFolder, read_json, write_json
 from pipelines.run_lock import RunLock
 from pipelines.spike_tracking import EventDelivery
@@ -166,6 +168,7 @@ class Drainer:
         self._lock = lock
         self._delivery = Delivery(client, folder, lag_steps)
         self._folder = folder
+        self._outage = Outage(folder)
         self._interval_s = interval_s
         self._finishing = threading.Event()
         self._given_up = threading.Event()
@@ -220,13 +223,17 @@ class Drainer:
             # Asked before sending: what was written before `finish` was called is then sent for certain.
             finishing = self._finishing.is_set()
             try:
+                refuse_if_cut_off(self._folder)
                 self._delivery.send(everything=finishing)
                 failures, self._error = 0, None
+                if self._outage.is_over():
+                    self._delivery.send(everything=finishing)  # what became of it, too
                 if finishing:
                     self._done = True
                     return
             except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
                 self._error = error
+                self._outage.goes_on(error)
                 failures = min(failures + 1, _MOST_DOUBLINGS)
             if finishing:
                 time.sleep(_LAST_PAUSE_S)

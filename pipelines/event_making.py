@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from moe.config.detector import RobustDetectorConfig
 from moe.hooks import Seen
 from moe.layers.moe import MoeLayer
+from moe.report import Report
 from moe.stability.detector import Reading
-from moe.trainer import Report, Trainer
+from moe.trainer import Trainer
 from pipelines.spike_event import Kind, LayerState, finite
 
 _GROUP = "grad_norm/"

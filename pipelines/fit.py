@@ -5,6 +5,7 @@ import time
 from pipelines.config import RunConfig
 from pipelines.interrupts import Interrupts
 from pipelines.notes import read_notes
+from pipelines.operations import FAILURES, last_step, settle
 from pipelines.outcome import Ending
 from pipelines.progress import RunProgress
 from pipelines.ray_session import uses_gpu, worker_environment
@@ -12,9 +13,6 @@ from pipelines.run_folder import RunFolder
 from pipelines.run_lock import is_written_to
 from pipelines.shards import Shards
 from pipelines.worker import WorkerJob, train_worker
-
-# A collective that takes longer than this has lost a peer; torch waits 30 minutes otherwise.
-_COLLECTIVE_TIMEOUT_S = 300
 
 
 def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgress, interrupts: Interrupts) -> Ending:
@@ -35,7 +33,10 @@ def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgr
         return True
 
     try:
-        return interrupts.wait(lambda: _run_workers(config, shards, folder, started_ms), stop)
+        ending = interrupts.wait(lambda: _run_workers(config, shards, folder, started_ms), stop)
+        if ending.outcome == "failed":
+            settle(folder, FAILURES, last_step(folder.spool), state="aborted")
+        return ending
     except KeyboardInterrupt:
         import ray
 
@@ -63,7 +64,7 @@ def _run_workers(config: RunConfig, shards: Shards, folder: RunFolder, started_m
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=dict(job),
-        torch_config=torch_config("nccl" if gpu else "gloo", _COLLECTIVE_TIMEOUT_S),
+        torch_config=torch_config("nccl" if gpu else "gloo", config.recovery.stall_timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.parallel.workers,
             use_gpu=gpu,
@@ -74,7 +75,7 @@ def _run_workers(config: RunConfig, shards: Shards, folder: RunFolder, started_m
             storage_path=str(folder.path),
             worker_runtime_env={"env_vars": worker_environment(config)},
             failure_config=ray.train.FailureConfig(max_failures=config.recovery.max_restarts),
-            callbacks=[WorkerFailures(folder.notes)],
+            callbacks=[WorkerFailures(folder)],
         ),
     )
     try:

@@ -22,6 +22,7 @@ from pipelines.checkpoint_standing import (
 from pipelines.config import CheckpointConfig
 from pipelines.first_rank import from_first_rank
 from pipelines.notes import Note, add_note
+from pipelines.operations import UNSAVED, record_operation, settle
 from pipelines.run_folder import RunFolder
 
 
@@ -156,10 +157,14 @@ class CheckpointKeeper:
                     f"the checkpoint of step {step} could not be written ({error}); the last one is of step "
                     f"{self.saved_at}, and `steadymoe train --resume` goes on from there"
                 ) from error
-            self._note(f"the checkpoint of step {step} could not be written, training goes on: {error}")
+            text = f"the checkpoint of step {step} could not be written, training goes on: {error}"
+            self._note(text)
+            if self._leads:
+                record_operation(self._folder, "checkpoint_failed", "go_on", text)
             return
         self.saved_at = step
         if self._leads:
+            settle(self._folder, UNSAVED, step)
             self._unconfirmed[step] = path
             self._try(partial(prune, self._folder.checkpoints, self._config.keep), "deleted")
 
@@ -185,8 +190,13 @@ class CheckpointKeeper:
         path = newest_valid(folder)
         newer = newer_than(folder, path)
         for passed in newer:
-            if standing(passed).state != "discarded":
-                self._note(f"checkpoint {passed.name} is damaged or suspect, and was passed over")
+            if (known := standing(passed)).state != "discarded":
+                text = (
+                    f"checkpoint {passed.name} is {'damaged' if known.resumable else known.state}, and was passed over"
+                )
+                self._note(text)
+                if known.resumable:
+                    record_operation(self._folder, "checkpoint_damaged", "use_older_checkpoint", text)
                 self._try(partial(mark, passed, "discarded"), "discarded")
         # Discarded ones count, too: the first save deletes them, so while there are any none was made since.
         return path, bool(newer)

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe.parallel import Ranks
+from moe.report import Report
 from moe.routing_stats import violation_figures
 from moe.state import JSON
-from moe.trainer import Report, Trainer
+from moe.trainer import Trainer
+from pipelines.comeback import Comeback
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches, ValidationBatches
 from pipelines.errors import UserError
-from pipelines.faults import with_faults
+from pipelines.faults.batches import with_faults
+from pipelines.faults.hooks import fault_hooks
 from pipelines.hf_weights import load_weights
 from pipelines.keeper import CheckpointKeeper, StartingPoint
 from pipelines.notes import Note, add_note
@@ -123,7 +126,7 @@ def _train(
     if ranks.rank == 0 and folder.spool.exists():
         add_note(folder.notes, Note("resume", f"training goes on after step {trainer.steps_done}"))
     responder = Responder(config.response, trainer, training, keeper, folder)
-    trainer.hooks.append(responder)
+    trainer.hooks += [responder, *fault_hooks(config, trainer, folder), Comeback(trainer, folder)]
     recorder = Recorder(config, folder, ranks.rank, trainer.steps_done)
     recorder.make_up(responder.journal.rewinds)
     recorder.model()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from moe.config.schedule import StagedSchedule
 from moe.counting import count_parameters
-from moe.trainer import Report
+from moe.report import Report
 from pipelines.config import RunConfig
 from pipelines.history import WindowMaximum
 from pipelines.notes import Note, add_note

@@ -10,9 +10,10 @@ from typing import Any
 
 from moe.fsdp import release_gathered
 from moe.hooks import Seen, StepHook
+from moe.report import Report
 from moe.schedule import Moment
 from moe.snapshots import SnapshotMemoryError, SnapshotRing
-from moe.trainer import Report, Trainer
+from moe.trainer import Trainer
 from pipelines.data import TrainBatches
 from pipelines.errors import UserError
 from pipelines.event_making import describe_step, in_words, is_conspicuous, kind_of

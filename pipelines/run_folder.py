@@ -74,6 +74,16 @@ class RunFolder:
         return self.path / "journal.json"
 
     @property
+    def faults(self) -> Path:
+        """Which of the faults of the config have happened and must not happen again, as JSON: `pipelines.faults`."""
+        return self.path / "faults.json"
+
+    @property
+    def cut_off(self) -> Path:
+        """Until when nothing is to be delivered, as JSON, while an outage is rehearsed: `pipelines.rehearsal`."""
+        return self.path / "cut_off.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that works on the run: `pipelines.run_lock`."""
         return self.path / "lock"

@@ -146,7 +146,8 @@ def event_id(kind: Kind, step: int, timeline: int) -> str:
 
 def add_event(path: Path, event: SpikeEvent) -> None:
     """Append an event with one write call. What cannot be written is logged: records never stop training."""
-    _append(path, {"event": event.model_dump(mode="json", exclude_defaults=True)})
+    # The time is a default as well, and another one for whoever reads.
+    _append(path, {"event": event.model_dump(mode="json", exclude_defaults=True) | {"time_ms": event.time_ms}})
 
 
 def add_outcome(path: Path, event: str, outcome: SpikeOutcome) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pipelines.config import RunConfig
 from pipelines.environment import cores, cpu_name
-from pipelines.faults import corrupted_steps
+from pipelines.faults.batches import corrupted_steps
 from pipelines.journal import Journal
 from pipelines.run_folder import RunFolder, write_json, write_whole
 from pipelines.spike_event import read_events, steps_lost

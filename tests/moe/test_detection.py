@@ -8,8 +8,9 @@ import torch
 from moe.batch import Batch
 from moe.config.trainer import TrainerConfig
 from moe.parallel import join
+from moe.report import Report
 from moe.stability.detector import Reading
-from moe.trainer import Report, Trainer
+from moe.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.moe.tiny import batches_of, load, saved, tiny_config, tiny_trainer
 

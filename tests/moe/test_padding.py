@@ -5,7 +5,8 @@ import torch
 
 from moe.batch import Batch
 from moe.parallel import join
-from moe.trainer import Report, Trainer
+from moe.report import Report
+from moe.trainer import Trainer
 from tests.moe.tiny import MTP, gradients, relative_difference, tiny_config, weights
 
 COEFFICIENT = 1e-2

@@ -15,9 +15,10 @@ from moe.batch import Batch
 from moe.config.balance import NoBalanceConfig
 from moe.config.model import ModelConfig
 from moe.layers.router import Router, Routing
+from moe.report import Report, Request
 from moe.schedule import Moment
 from moe.stability.technique import StepLoad, Technique
-from moe.trainer import Report, Request, Trainer
+from moe.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.moe.build import ALONE
 from tests.moe.tiny import (

@@ -16,7 +16,9 @@ def test_every_value_has_its_dotted_key() -> None:
 
 
 def test_the_flat_keys_are_the_settings_that_make_the_same_config() -> None:
-    faults = "faults=[{kind: corrupted_batches, share: 1e-5}, {share: 1, content: shuffled_tokens}]"
+    faults = (
+        "faults=[{kind: corrupted_batches, share: 1e-5}, {kind: corrupted_batches, share: 1, content: shuffled_tokens}]"
+    )
     config = load_config(["micro"], ["optimizer.lr=1e-5", "seed=7", faults])
     assert len(config.faults) == 2
     # A list is its JSON text already.

@@ -231,21 +231,31 @@ def test_text_that_looks_like_something_else_survives_dumping(tmp_path: Path) ->
         # items of a list
         ("faults={kind: corrupted_batches}", "faults: should be a list, got a mapping"),
         ("faults=[corrupted_batches]", "faults.0: should be a mapping of keys, got the text 'corrupted_batches'"),
-        ("faults=[{kind: corrupted_batch, share: 1}]", "faults.0.kind: should be 'corrupted_batches', got the text"),
-        ("faults=[{kind: corrupted_batches}]", "faults.0.share: is required here"),
-        ("faults=[{share: 0}]", "faults.0.share: should be greater than 0, got 0"),
-        ("faults=[{share: 1}, {share: 2}]", "faults.1.share: should be less than or equal to 1, got 2"),
-        ("faults=[{share: 1, shaer: 1}]", "faults.0.shaer: unknown key; did you mean faults.0.share?"),
         (
-            "faults=[{share: 1, content: shuffled_tokens, ngram_tokens: 3}]",
+            "faults=[{kind: corrupt_batch, share: 1}]",
+            "faults.0.kind: 'corrupt_batch' is no kind of faults; did you mean corrupted_batch?",
+        ),
+        ("faults=[{share: 1}]", "faults.0.kind: is required here; possible: corrupted_batches, corrupted_batch, "),
+        ("faults=[{kind: corrupted_batches}]", "faults.0.share: is required here"),
+        ("faults=[{kind: corrupted_batches, share: 0}]", "faults.0.share: should be greater than 0, got 0"),
+        (
+            "faults=[{kind: corrupted_batches, share: 1}, {kind: corrupted_batches, share: 2}]",
+            "faults.1.share: should be less than or equal to 1, got 2",
+        ),
+        (
+            "faults=[{kind: corrupted_batches, share: 1, shaer: 1}]",
+            "faults.0.shaer: unknown key; did you mean faults.0.share?",
+        ),
+        (
+            "faults=[{kind: corrupted_batches, share: 1, content: shuffled_tokens, ngram_tokens: 3}]",
             "faults.0.ngram_tokens: has no effect, since content is shuffled_tokens; leave it out",
         ),
         (
-            "faults=[{share: 1, ngram_tokens: 33}]",
+            "faults=[{kind: corrupted_batches, share: 1, ngram_tokens: 33}]",
             "faults.0.ngram_tokens (33) does not fit twice into a sequence of 64",
         ),
         (
-            "faults=[{share: 1}, {share: 1, from_step: 201}]",
+            "faults=[{kind: corrupted_batches, share: 1}, {kind: corrupted_batches, share: 1, from_step: 201}]",
             "faults.1.from_step (201) is after the last of the schedule's 200 optimizer steps",
         ),
         # not a setting at all

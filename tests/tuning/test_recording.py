@@ -1,8 +1,8 @@
 import math
 from pathlib import Path
 
+from moe.report import Report
 from moe.schedule import Timeline
-from moe.trainer import Report
 from pipelines.loop import StepDone
 from pipelines.run_folder import RunFolder
 from tests.moe.tiny import tiny_config

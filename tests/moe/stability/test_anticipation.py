@@ -14,10 +14,11 @@ from moe.config.model import ModelConfig
 from moe.layers.router import Routing
 from moe.model import Transformer
 from moe.monitors import measure
+from moe.report import Report
 from moe.schedule import Moment
 from moe.stability.anticipation import AlwaysAnticipation
 from moe.stability.technique import Choose, StepLoad, Technique
-from moe.trainer import Report, Trainer
+from moe.trainer import Trainer
 from tests.moe.build import ALONE
 from tests.moe.stability.anticipating import (
     GROUPS,

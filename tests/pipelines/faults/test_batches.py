@@ -14,7 +14,7 @@ from moe.parallel import join
 from moe.trainer import Trainer
 from pipelines.config import RunConfig
 from pipelines.data import TokenDataset, TrainBatches
-from pipelines.faults import corrupted_steps, with_faults
+from pipelines.faults.batches import corrupted_steps, with_faults
 from pipelines.prepare import prepare
 from pipelines.shards import Shards
 from tests.pipelines.plain_corpus import write_corpus
@@ -41,7 +41,7 @@ def _config(*faults: dict[str, Any], steps: int = STEPS, seed: int = 0, workers:
             "schedule": {"kind": "simple", "steps": steps, "warmup_steps": 1},
             "parallel": {"workers": workers},
             "data": {"global_batch_size": 8, "sequence_length": S, **data},
-            "faults": list(faults),
+            "faults": [{"kind": "corrupted_batches", **fault} for fault in faults],
         }
     )
 
@@ -188,6 +188,79 @@ def test_a_batch_with_padding_is_refused() -> None:
     faulty = with_faults(lambda step: [Batch(ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))], config)
     with pytest.raises(ValueError, match="padding"):
         faulty(0)
+
+
+BAD: dict[str, Any] = {"kind": "corrupted_batch", "step": 5}
+
+
+@pytest.mark.parametrize("content", ["repeated_ngram", "shuffled_tokens"])
+def test_the_samples_of_one_step_are_bad_text_at_that_step_alone(shards: Shards, content: str) -> None:
+    config = _config({**BAD, "content": content}, micro_batch_size=2)
+    clean = _clean(shards, config)
+    faulty = with_faults(clean, config)
+    # So few steps that no sample comes twice.
+    assert len({sample for step in range(STEPS) for sample in clean.sample_ids(step).tolist()}) == 8 * STEPS
+    differing = {step + 1 for step in range(STEPS) if not torch.equal(_ids(faulty(step)), _ids(clean(step)))}
+    assert differing == corrupted_steps(config) == {5}
+    rows, before = _ids(faulty(4)).tolist(), _ids(clean(4)).tolist()
+    assert len(faulty(4)) == 4
+    if content == "repeated_ngram":
+        assert rows == [(row[:4] * 9)[: S + 1] for row in before]
+    else:
+        assert [Counter(row) for row in rows] == [Counter(row) for row in before]
+
+
+def test_bad_samples_that_are_left_out_leave_a_clean_step_and_those_that_are_not_stay_bad(shards: Shards) -> None:
+    config = _config(BAD)
+    clean = _clean(shards, config)
+    faulty = with_faults(clean, config)
+    bad = clean.sample_ids(4).tolist()
+    spoilt = _ids(faulty(4))
+    assert torch.equal(_ids(faulty(4)), spoilt)
+    clean.skip(bad[:3], 4)
+    assert set(clean.sample_ids(4).tolist()) & set(bad) == set(bad[3:])
+    assert torch.equal(_ids(faulty(4))[:3], _ids(clean(4))[:3])
+    assert torch.equal(_ids(faulty(4))[3:], spoilt[3:])
+    clean.skip(bad[3:], 4)
+    assert torch.equal(_ids(faulty(4)), _ids(clean(4)))
+
+
+def test_bad_samples_are_bad_in_every_epoch_and_wherever_they_are_read(shards: Shards) -> None:
+    config = _config({**BAD, "content": "shuffled_tokens"}, steps=400)
+    clean = _clean(shards, config)
+    faulty = with_faults(clean, config)
+    bad = clean.sample_ids(4).tolist()
+    spoilt = dict(zip(bad, _ids(faulty(4)).tolist(), strict=True))
+    read_again = 0
+    for step in range(5, 400):
+        for row, before, sample in zip(
+            _ids(faulty(step)), _ids(clean(step)), clean.sample_ids(step).tolist(), strict=True
+        ):
+            assert row.tolist() == spoilt.get(sample, before.tolist())
+            read_again += sample in spoilt
+    assert read_again >= 8
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, None), (4, 1)])
+def test_ranks_together_read_the_bad_samples_that_one_rank_reads(shards: Shards, world: int, micro: int | None) -> None:
+    stages = {"kind": "stages", "stages": [{"steps": 6, "sequence_length": 16}, {"steps": 4, "global_batch_size": 16}]}
+    alone, many = (
+        RunConfig.model_validate(_config(BAD, workers=w, micro_batch_size=m).model_dump() | {"schedule": stages})
+        for w, m in ((1, None), (world, micro))
+    )
+    whole = with_faults(_clean(shards, alone), alone)
+    ranks = [with_faults(_clean(shards, many, rank), many) for rank in range(world)]
+    clean = _clean(shards, alone)
+    for step in range(10):
+        assert torch.equal(torch.cat([_ids(rank(step)) for rank in ranks]), _ids(whole(step)))
+        assert torch.equal(_ids(whole(step)), _ids(clean(step))) == (step != 4)
+    # Sequences of half a sample each repeat their own tokens.
+    assert _ids(whole(4)).tolist() == [(row[:4] * 5)[:17] for row in _ids(clean(4)).tolist()]
+
+
+def test_bad_samples_need_batches_that_know_their_samples() -> None:
+    with pytest.raises(TypeError, match="unknown in function"):
+        with_faults(lambda step: [], _config(BAD))
 
 
 def _train(folder: Path, *settings: str) -> list[dict[str, float]]:
