@@ -14,12 +14,13 @@ from pipelines.arguments import TrainArguments
 from pipelines.command_line import parse
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.loading import FILE_SUFFIX, load_config
+from pipelines.loading import FILE_SUFFIX, load_config, settings_tree
 from pipelines.paths import absolute
 from pipelines.prepare import absolute_paths
 from pipelines.tracking_store import SQLITE
-from tuning.arguments import StudyArguments
+from tuning.arguments import ReplayArguments, StudyArguments
 from tuning.study_loading import load_study, trial_configs
+from tuning.treatments import refuse_unknown
 
 PACKAGES = ("moe", "pipelines", "tuning", "infra")
 _FILES = "configs"
@@ -37,7 +38,7 @@ class JobCommand:
     files: dict[str, Path]
     """The user's files by their path in the copy."""
     resume: str | None
-    """The run that it continues."""
+    """The run that it continues, or replays a spike of."""
 
     @property
     def entrypoint(self) -> str:
@@ -84,7 +85,14 @@ def _study_command(words: Sequence[str]) -> JobCommand:
     return replace(command, words=_absolute_option(command.words, "--findings"))
 
 
-_READERS = {"train": _train_command, "study": _study_command}
+def _replay_command(words: Sequence[str]) -> JobCommand:
+    arguments = parse(ReplayArguments, words, "steadymoe replay")
+    refuse_unknown(arguments.treatments)
+    settings_tree(arguments.settings)
+    return _job("tuning.replay", words, [], None, arguments.run)
+
+
+_READERS = {"train": _train_command, "study": _study_command, "replay": _replay_command}
 """By the command line's name of what can be a job."""
 
 

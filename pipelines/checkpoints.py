@@ -98,24 +98,28 @@ def save(folder: Path, state: TrainingState, *, step: int, metadata: Mapping[str
     return path
 
 
-def load(path: Path, state: TrainingState) -> Restored:
+def load(path: Path, state: TrainingState, fresh: tuple[str, ...] = ()) -> Restored:
     """Fill the tensors of ``state`` in place from the checkpoint at ``path`` and return the rest of it. Collective.
 
     Ranks, expert parallelism and sharding may differ from those of saving; each rank reads just the rows it holds.
-    Only the sizes of files are checked here: `newest_valid` and `verify` compare checksums.
+    Only the sizes of files are checked here: `newest_valid` and `verify` compare checksums. Tensors whose names begin
+    with one of ``fresh`` are left as they are, whether the checkpoint has them or not.
 
     Raises, on every rank:
         CheckpointError: it is damaged or incomplete, or its tensors are not those of ``state`` by name, shape and
             dtype (then nothing has been written to ``state``).
     """
 
+    wanted = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(fresh)}
+
     def read() -> Manifest:
         manifest = verify(path, checksums=False)
-        _check_fit(path, manifest, state)
+        saved = {name: record for name, record in manifest.tensors.items() if not name.startswith(fresh)}
+        _check_fit(path, saved, wanted)
         return manifest
 
     manifest = _on_every_rank(read)
-    _on_every_rank(lambda: _fill(path, manifest, state))
+    _on_every_rank(lambda: _fill(path, manifest, wanted))
     return {
         "step": manifest.step,
         "timeline": manifest.timeline,
@@ -285,8 +289,7 @@ def _commit(staging: Path, path: Path, manifest: Manifest) -> None:
     shutil.rmtree(replaced, ignore_errors=True)  # what is left of it, the next save clears
 
 
-def _check_fit(path: Path, manifest: Manifest, state: TrainingState) -> None:
-    saved, given = manifest.tensors, state.tensors
+def _check_fit(path: Path, saved: Mapping[str, TensorRecord], given: Mapping[str, torch.Tensor]) -> None:
     both = sorted(saved.keys() & given.keys())
     shapes = [n for n in both if saved[n].shape != tuple(given[n].shape)]
     dtypes = [n for n in both if saved[n].dtype != _dtype(given[n])]
@@ -305,9 +308,9 @@ def _first_few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _fill(path: Path, manifest: Manifest, state: TrainingState) -> None:
+def _fill(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
     wanted: dict[str, list[tuple[str, Piece, Held]]] = {}
-    for name, tensor in state.tensors.items():
+    for name, tensor in tensors.items():
         local = held_by_rank(tensor)
         for piece in manifest.tensors[name].pieces:
             if piece.start < local.rows[1] and local.rows[0] < piece.stop:

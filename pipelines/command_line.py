@@ -47,6 +47,8 @@ _METAVARS = {
     "--budget-minutes": "MINUTES",
     "--blocks": "N",
     "--findings": "FILE",
+    "--with": "TREATMENT",
+    "--after": "STEPS",
 }
 # And (default: []), (default: None), (default: ['tiny']).
 _EMPTY_DEFAULT = re.compile(r" \(default: (\[\]|None|null)\)$")

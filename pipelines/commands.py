@@ -33,9 +33,10 @@ def deliver(arguments: DeliverArguments) -> int:
     """
     from pipelines.delivery import deliver as deliver_run
     from pipelines.home import runs_dir
-    from pipelines.run_folder import find_folder, run_folders, study_folders
+    from pipelines.run_folder import find_folder, replay_folders, run_folders, study_folders
 
-    folder = find_folder(arguments.run, [*run_folders(), *study_folders()], "run", "runs", runs_dir())
+    folders = [*run_folders(), *study_folders(), *replay_folders()]
+    folder = find_folder(arguments.run, folders, "run", "runs", runs_dir())
     if left := deliver_run(folder):
         raise UserError(left)
     print(f"MLflow has everything that run {folder.info.name} recorded.")

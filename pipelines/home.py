@@ -43,3 +43,8 @@ def runs_dir() -> Path:
 def studies_dir() -> Path:
     """One folder per study, named by its MLflow run id."""
     return home() / "studies"
+
+
+def replays_dir() -> Path:
+    """One folder per replay of a spike, named by its MLflow run id."""
+    return home() / "replays"

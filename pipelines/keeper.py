@@ -1,6 +1,7 @@
 """The checkpoints of a run while it trains: when they are written, confirmed, condemned and deleted."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,16 @@ from pipelines.first_rank import from_first_rank
 from pipelines.notes import Note, add_note
 from pipelines.operations import UNSAVED, record_operation, settle
 from pipelines.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """A checkpoint, of whatever run, that a run begins with while it has none of its own."""
+
+    checkpoint: Path
+    fresh: tuple[str, ...] = ()
+    """Beginnings of the names of what is not taken from it (``optimizer.``, ``stability.clip.``): that begins as in a
+    new run."""
 
 
 class CheckpointKeeper:
@@ -67,9 +78,19 @@ class CheckpointKeeper:
             self._unconfirmed = {step_of(p): p for p in waiting}
         return True
 
-    def _load(self, path: Path) -> checkpoints.Restored:
-        restored = checkpoints.load(path, self._trainer.state())
+    def begin_with(self, start: StartingPoint) -> None:
+        """Take up the state that the run begins with. Collective.
+
+        Raises:
+            CheckpointError: it does not fit the config, or is damaged.
+        """
+        self._load(start.checkpoint, start.fresh)
+
+    def _load(self, path: Path, fresh: tuple[str, ...] = ()) -> checkpoints.Restored:
+        restored = checkpoints.load(path, self._trainer.state(), fresh)
         self._trainer.restore(restored["scalars"])
+        if any("optimizer.".startswith(prefix) for prefix in fresh):
+            self._trainer.optimizer.reset()  # the count of its updates, too
         return restored
 
     def restore_before(self, step: int) -> bool:

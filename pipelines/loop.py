@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.faults.batches import with_faults
 from pipelines.faults.hooks import fault_hooks
 from pipelines.hf_weights import load_weights
-from pipelines.keeper import CheckpointKeeper
+from pipelines.keeper import CheckpointKeeper, StartingPoint
 from pipelines.notes import Note, add_note
 from pipelines.outcome import Ending
 from pipelines.recorder import Recorder
@@ -76,12 +76,17 @@ def train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, in
 
 
 def train_steps(
-    config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None = None
+    config: RunConfig,
+    ranks: Ranks,
+    shards: Shards,
+    folder: RunFolder,
+    init_from: Path | None = None,
+    start: StartingPoint | None = None,
 ) -> Steps:
     """Train from the newest valid checkpoint in ``folder``, or from the start, to the schedule's end, step by step.
 
-    The start is the weights in ``init_from``, or random ones. ``config.model.vocab_size`` must be set. Advancing is
-    collective; a generator that is closed leaves the run as it is after its last step.
+    The start is ``start``, or the weights in ``init_from``, or random ones. ``config.model.vocab_size`` must be set.
+    Advancing is collective; a generator that is closed leaves the run as it is after its last step.
 
     Raises:
         RuntimeError: on rank 0, a worker of an earlier command still writes to the folder.
@@ -94,10 +99,17 @@ def train_steps(
             except RunBusyError as error:
                 # Nothing that a user could mend: the workers start again, and find it gone.
                 raise RuntimeError(str(error)) from error
-        return (yield from _train(config, ranks, shards, folder, init_from))
+        return (yield from _train(config, ranks, shards, folder, init_from, start))
 
 
-def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, init_from: Path | None) -> Steps:
+def _train(
+    config: RunConfig,
+    ranks: Ranks,
+    shards: Shards,
+    folder: RunFolder,
+    init_from: Path | None,
+    start: StartingPoint | None,
+) -> Steps:
     lookahead = config.model.mtp.depth
     length = config.data.sequence_length
     training = TrainBatches(TokenDataset(shards.train, length, lookahead), config, ranks.rank, ranks.world)
@@ -105,7 +117,9 @@ def _train(config: RunConfig, ranks: Ranks, shards: Shards, folder: RunFolder, i
     trainer = Trainer(config, ranks, with_faults(training, config))
     keeper = CheckpointKeeper(trainer, folder, config.checkpoint, _metadata(config, shards))
     if not keeper.resume():
-        if init_from is not None:
+        if start is not None:
+            keeper.begin_with(start)
+        elif init_from is not None:
             load_weights(trainer.state(), config.model, init_from)
         else:
             _check_start(trainer)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.home import runs_dir, studies_dir
+from pipelines.home import replays_dir, runs_dir, studies_dir
 
 LATEST = "latest"
 _LISTED = 10
@@ -29,7 +29,7 @@ class RunInfo:
     tracking_uri: str
     """Without a password."""
     parent: str | None = None
-    """MLflow's id of the study whose trial this run is."""
+    """MLflow's id of the study or the replay whose trial this run is."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,12 @@ def run_folders() -> Iterator[RunFolder]:
 def study_folders() -> Iterator[RunFolder]:
     """All studies, in no particular order. A study is a run that trains nothing itself: the parent of its trials."""
     for info in studies_dir().glob("*/run.json"):
+        yield RunFolder(info.parent)
+
+
+def replay_folders() -> Iterator[RunFolder]:
+    """All replays of spikes, in no particular order; each is the parent of its trials, like a study."""
+    for info in replays_dir().glob("*/run.json"):
         yield RunFolder(info.parent)
 
 

@@ -71,7 +71,7 @@ class TrialPlace:
 
     folder: RunFolder
     parent: str
-    """MLflow's id of the study's run."""
+    """MLflow's id of the run of the study or the replay."""
 
 
 class Tracker:

@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 
 from pipelines.errors import UserError
@@ -61,3 +61,29 @@ class StudyArguments(BaseModel):
         elif not self.study and self.model_fields_set - {"study"}:
             raise UserError("no study given; name one, for example: steadymoe study balance")
         return self
+
+
+class ReplayArguments(BaseModel):
+    """Run a spike again, from a checkpoint before it, under treatments side by side: which avoid it, at what cost?
+
+    The first treatment changes nothing, and must be what the run did, bit for bit; if it is not, the command says what
+    is known to be different. Others: skip-samples, tight-clip, zclip, swiglu-clamp, anticipate, half-lr, fresh-moments,
+    fp32. Everything is in MLflow, under one parent run: the trials, a table and a picture.
+
+    Examples:
+      steadymoe replay latest 1
+      steadymoe replay tiny-1 loss-000123 --with half-lr --with tight-clip --after 50
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run: CliPositionalArg[str]
+    """The run, by its id, its name or latest."""
+    event: CliPositionalArg[str]
+    """The event, by its number in the list of `steadymoe spikes RUN` or its id."""
+    treatments: list[str] = Field(default=[], alias="with")
+    """A treatment beside that which changes nothing; repeatable; without it, all that can act here."""
+    after: NonNegativeInt = 20
+    """So many steps beyond the event are run."""
+    settings: list[str] = Field(default=[], alias="set")
+    """Set a key of the run's config for all treatments; the value is YAML; repeatable."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from pipelines.command_line import EXIT_DONE
 from pipelines.errors import UserError
 from pipelines.loading import dump_config
-from tuning.arguments import StudyArguments
+from pipelines.run_folder import find_run
+from tuning.arguments import ReplayArguments, StudyArguments
+from tuning.replay_plan import make_plan
 from tuning.study_loading import load_study, study_titles
 
 
@@ -29,6 +31,19 @@ def study(arguments: StudyArguments) -> int:
     from tuning.study import run
 
     return run(arguments)
+
+
+def replay(arguments: ReplayArguments) -> int:
+    """Run a spike again under treatments; returns the exit code.
+
+    Raises:
+        UserError: there is no such run or event, a treatment cannot act, or a setting is wrong.
+    """
+    run_of_spike = find_run(arguments.run)
+    plan = make_plan(run_of_spike, arguments.event, arguments.treatments, arguments.after, arguments.settings)
+    from tuning.replay import run
+
+    return run(plan)
 
 
 def _refuse_unwritable(findings: Path) -> None:

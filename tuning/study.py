@@ -31,10 +31,11 @@ from tuning.arguments import StudyArguments
 from tuning.blocks import Blocks, blocks_of
 from tuning.cost import Cost, block_cost
 from tuning.outcome import Outcome, conclude
+from tuning.parent_run import end_orphaned_parents
 from tuning.study_config import StudyConfig
 from tuning.study_loading import load_study, trial_configs
 from tuning.study_progress import StudyProgress
-from tuning.study_run import StudyRun, end_orphaned_studies, find_study, read_trials
+from tuning.study_run import StudyRun, find_study, read_trials
 from tuning.study_trials import StudyTrials
 from tuning.trials import run_trials
 
@@ -66,7 +67,7 @@ def run(arguments: StudyArguments) -> int:
             cost = block_cost(configs, shards, runs_at_a_time(configs[0]))
             _print(console, _in_words(study, cost))
         store = opening.result()
-        end_orphaned_studies(store)
+        end_orphaned_parents(store)
         end_orphans_in_background(store)
         study_run = _open(arguments, study, configs, store, resumed)
         stopped = False

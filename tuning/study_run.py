@@ -1,22 +1,15 @@
 """A study's own run: the MLflow parent of its trials, and the folder that says which of them are done."""
 
 import json
-import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from pipelines.delivery import Drainer
-from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
 from pipelines.errors import UserError
 from pipelines.home import studies_dir
 from pipelines.loading import dump_config
 from pipelines.run_folder import (
     RunFolder,
-    RunInfo,
     count_on,
     find_folder,
     read_json,
@@ -24,9 +17,9 @@ from pipelines.run_folder import (
     write_json,
     write_whole,
 )
-from pipelines.run_lock import RunBusyError, RunLock
-from pipelines.tracking import FINISH_TIMEOUT_S
+from pipelines.run_lock import RunLock
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
+from tuning.parent_run import ParentRun, make_parent
 from tuning.results import TrialKey
 from tuning.study_config import StudyConfig, Tree
 
@@ -56,47 +49,26 @@ def find_study(study: str) -> RunFolder:
     return find_folder(study, study_folders(), "study", "studies", studies_dir())
 
 
-class StudyRun:
-    """As a context manager it ends the study's run on every way out, exceptions included."""
+class StudyRun(ParentRun):
+    """The run of a study."""
 
     def __init__(self, config: StudyConfig, store: TrackingStore, folder: RunFolder, lock: RunLock) -> None:
-        self.config, self.folder, self.info = config, folder, folder.info
-        self.undelivered: str | None = None
-        """After the end: what to tell the user if MLflow could not be given everything."""
-        self.status: Status | None = None
-        """How it ends, where that is not what the exception on the way out says."""
-        self.description = config.question
-        self.figures: dict[str, float] = {}
-        """Metrics of its end."""
-        self._drainer = Drainer(store.client, folder, lock)
+        super().__init__(store, folder, lock, config.question)
+        self.config = config
 
     @classmethod
     def start(cls, config: StudyConfig, store: TrackingStore, name: str, experiment: str, digest: str) -> Self:
         """A new study; ``digest`` is that of its trials' configs. UserError if the store refuses."""
-        from mlflow.entities import Param
-
-        with store_errors(store.uri):
-            client, experiment_id = store.client, store.experiment_id(experiment)
-            name = count_on(name, {folder.info.name for folder in study_folders()})
-            tags = {"role": "study", "mlflow.source.type": "LOCAL", DESCRIPTION_TAG: config.question}
-            run = client.create_run(experiment_id, run_name=name, tags=tags)
-            folder = RunFolder(studies_dir() / run.info.run_id)
-            created = datetime.now(UTC).isoformat(timespec="milliseconds")
-            try:
-                write_whole(folder.config, dump_config(config))
-                write_json(folder.path / _PROGRESS, {"digest": digest, "minutes": 0.0})
-                lock = RunLock(folder)
-                folder.write_info(RunInfo(run.info.run_id, name, experiment, experiment_id, created, shown(store.uri)))
-            except BaseException:
-                client.set_terminated(run.info.run_id, "FAILED")
-                raise
-            params = {
-                "arms": ", ".join(config.arms),
-                "blocks_at_most": config.blocks,
-                "base": ", ".join(config.base),
-            }
-            client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
-            client.log_artifact(run.info.run_id, str(folder.config))
+        params = {"arms": ", ".join(config.arms), "blocks_at_most": str(config.blocks), "base": ", ".join(config.base)}
+        folder, lock = make_parent(
+            store,
+            studies_dir(),
+            count_on(name, {folder.info.name for folder in study_folders()}),
+            experiment,
+            tags={"role": "study", DESCRIPTION_TAG: config.question},
+            params=params,
+            files={"config.yaml": dump_config(config), _PROGRESS: json.dumps({"digest": digest, "minutes": 0.0})},
+        )
         return cls(config, store, folder, lock)
 
     @classmethod
@@ -141,18 +113,6 @@ class StudyRun:
         known = read_json(self.folder.path / _PROGRESS)
         write_json(self.folder.path / _PROGRESS, {**known, "minutes": self.minutes + minutes})
 
-    def __enter__(self) -> Self:
-        self._drainer.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        status: Status = "FINISHED" if error is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
-        ending = _ending(self.status or status, self.description, self.figures)
-        write_json(self.folder.ending, ending)
-        self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
-
 
 def add_trial(folder: RunFolder, trial: TrialRecord) -> None:
     """Remember that a trial of a study is done."""
@@ -175,27 +135,3 @@ def read_trials(folder: RunFolder) -> list[TrialRecord]:
             continue
         trials.append(TrialRecord(**{**content, "key": TrialKey(**content["key"])}))
     return trials
-
-
-def end_orphaned_studies(store: TrackingStore) -> None:
-    """End the studies whose driver vanished. Their trials are runs, and `pipelines.orphans` ends those."""
-    from pipelines.delivery import Delivery
-
-    for folder in study_folders():
-        if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
-            continue
-        try:
-            lock = RunLock(folder)
-        except RunBusyError:
-            continue
-        with store_errors(store.uri):
-            try:
-                write_json(folder.ending, _ending("KILLED", "Stopped: its driver vanished.", {}))
-                Delivery(store.client, folder).send()
-            finally:
-                lock.release()
-
-
-def _ending(status: Status, description: str, figures: Mapping[str, float]) -> dict[str, Any]:
-    now = time.time_ns() // 1_000_000
-    return {"status": status, "time_ms": now, "metrics": dict(figures), "tags": {DESCRIPTION_TAG: description}}

@@ -1,23 +1,18 @@
 """The trials of a study while they run: what Tune is given, what MLflow is told, what the study remembers."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.config import RunConfig
 from pipelines.description import Status
 from pipelines.errors import UserError
-from pipelines.home import runs_dir
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.shards import Shards
-from pipelines.text import dataset_info, fit_to_text
-from pipelines.tracking import Tracker, TrialPlace
+from pipelines.text import fit_to_text
 from pipelines.tracking_store import TrackingStore
 from pipelines.views import run_colour
 from tuning.blocks import Blocks
@@ -29,8 +24,7 @@ from tuning.study_config import StudyConfig, Tree
 from tuning.study_loading import trial_config
 from tuning.study_run import StudyRun, TrialRecord
 from tuning.trial_rank import TrialJob
-
-_log = logging.getLogger(__name__)
+from tuning.trial_runs import TrackedTrial, TrialRuns, free_folder
 
 _STATUS: dict[str, Status] = {"finished": "FINISHED", "diverged": "FAILED"}
 
@@ -38,15 +32,13 @@ _STATUS: dict[str, Status] = {"finished": "FINISHED", "diverged": "FAILED"}
 @dataclass
 class _Running:
     key: TrialKey
-    config: RunConfig
-    folder: RunFolder
+    run: TrackedTrial
     matched: Tree
     started: float = 0.0
-    tracker: Tracker | None = None
 
 
 class StudyTrials:
-    """The `tuning.trials.TrialSource` of a study. MLflow is told in a thread of its own: trials do not wait for it."""
+    """The `tuning.trials.TrialSource` of a study."""
 
     def __init__(
         self,
@@ -68,17 +60,19 @@ class StudyTrials:
             stop: set when the study must end early.
             on_end: called with the result of each trial and its seconds.
         """
-        self._study, self._run, self._blocks, self._shards, self._store = study, run, blocks, shards, store
+        self._study, self._run, self._blocks, self._shards = study, run, blocks, shards
         self._stop, self._on_end = stop, on_end
         self._records = {record.key: record for record in run.trials}
         self._running: dict[str, _Running] = {}
         self._colours = {arm: run_colour(number) for number, arm in enumerate(study.arms)}
-        self._mlflow = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._told: list[Future[None]] = []
+        self._runs = TrialRuns(store, shards, run.info.id)
         self.failure: Exception | None = None
         """Why the study cannot go on: a UserError if the config is the reason."""
-        self.untold: list[str] = []
+
+    @property
+    def untold(self) -> list[str]:
         """Trials that MLflow could not be told of."""
+        return self._runs.untold
 
     def next(self) -> tuple[str, TrialJob] | Literal["wait", "end"]:
         """The next trial."""
@@ -87,8 +81,8 @@ class StudyTrials:
             return key
         matched = self._matched(key)
         config = fit_to_text(trial_config(self._study, key, matched), self._shards)
-        folder = RunFolder(_free_folder(f"{self._run.info.id}-{key.name}"))
-        self._running[key.name] = _Running(key, config, folder, matched)
+        folder = free_folder(f"{self._run.info.id}-{key.name}")
+        self._running[key.name] = _Running(key, TrackedTrial(key.name, config, folder, self._tags(key)), matched)
         job = TrialJob(
             config=config.model_dump(mode="json"), run_folder=str(folder.path), shards=str(self._shards.folder)
         )
@@ -100,7 +94,7 @@ class StudyTrials:
         self._blocks.started(trial.key)
         if not trial.started:
             trial.started = time.monotonic()
-            self._tell(self._open, trial)
+            self._runs.started(trial.run)
 
     def ended(self, name: str, ending: Ending) -> None:
         """A trial has come to its own end."""
@@ -110,16 +104,17 @@ class StudyTrials:
             return
         seconds = time.monotonic() - trial.started
         try:
-            result = TrialResult(trial.key, measure_trial(trial.folder, trial.config))
+            result = TrialResult(trial.key, measure_trial(trial.run.folder, trial.run.config))
         except ValueError as error:
             # Its first loss was not finite, or every batch was corrupted: with such an arm nothing can be compared.
             self._fail(trial, UserError(f"trial {name}: {error}"))
             return
-        record = TrialRecord(trial.key, str(trial.folder.path), ending.outcome, round(seconds, 2), trial.matched)
+        record = TrialRecord(trial.key, str(trial.run.folder.path), ending.outcome, round(seconds, 2), trial.matched)
         self._run.record(record)
         self._records[trial.key] = record
         self._blocks.ended(trial.key)
-        self._tell(self._close, trial, result, ending)
+        figures = {f"study/{name}": value for name, value in result.measures.items()}
+        self._runs.ended(trial.run, _STATUS[ending.outcome], ending.reason, figures)
         self._on_end(result, seconds)
 
     def failed(self, name: str, reason: str) -> None:
@@ -130,17 +125,12 @@ class StudyTrials:
         """Tell MLflow of the trials that were left where they were, and wait until it knows everything."""
         for trial in self._running.values():
             if trial.started:
-                self._tell(self._end, trial, "KILLED", "the study ended early")
-        self._mlflow.shutdown(wait=True)
-        for told in self._told:
-            told.result()
-
-    def _tell(self, action: Callable[..., None], *arguments: object) -> None:
-        self._told.append(self._mlflow.submit(action, *arguments))
+                self._runs.ended(trial.run, "KILLED", "the study ended early")
+        self._runs.close()
 
     def _fail(self, trial: _Running, failure: Exception) -> None:
         """No other trial could do better, or nothing is right with the machine."""
-        self._tell(self._end, trial, "FAILED", str(failure))
+        self._runs.ended(trial.run, "FAILED", str(failure))
         self.failure = self.failure or failure
         self._stop.set()
 
@@ -150,49 +140,11 @@ class StudyTrials:
         records = {other: self._records[TrialKey(key.seed, other, key.point)] for other in arm.needs}
         return matched(arm, {other: read_series(RunFolder(Path(r.folder))) for other, r in records.items()})
 
-    def _open(self, trial: _Running) -> None:
-        key = trial.key
-        tracking = trial.config.tracking.model_copy(update={"run_name": key.name})
-        tags = {
+    def _tags(self, key: TrialKey) -> dict[str, str]:
+        return {
             "role": "study",
             "arm": key.arm,
             "study": self._run.info.name,
             "arm_of_study": f"{key.arm} · {self._run.info.name}",
             "mlflow.runColor": self._colours[key.arm],
         }
-        try:
-            trial.tracker = Tracker.start(
-                trial.config.model_copy(update={"tracking": tracking}),
-                self._store,
-                dataset=dataset_info(self._shards),
-                trial=TrialPlace(trial.folder, self._run.info.id),
-                tags=tags,
-            )
-            trial.tracker.__enter__()
-        except UserError as error:
-            _log.info("MLflow was not told of trial %s yet: %s", key.name, error)
-
-    def _close(self, trial: _Running, result: TrialResult, ending: Ending) -> None:
-        if trial.tracker is None:
-            self._open(trial)
-        if trial.tracker is not None:
-            trial.tracker.figures = {f"study/{name}": value for name, value in result.measures.items()}
-        self._end(trial, _STATUS[ending.outcome], ending.reason)
-
-    def _end(self, trial: _Running, status: Status, reason: str | None) -> None:
-        if trial.tracker is None:
-            self.untold.append(trial.key.name)
-            return
-        trial.tracker.end_as(status, reason)
-        trial.tracker.__exit__(None, None, None)
-        if trial.tracker.undelivered:
-            self.untold.append(trial.key.name)
-
-
-def _free_folder(name: str) -> Path:
-    """A trial that was interrupted is begun anew, and its first attempt stays what it was."""
-    path, number = runs_dir() / name, 1
-    while path.exists():
-        number += 1
-        path = runs_dir() / f"{name}-{number}"
-    return path

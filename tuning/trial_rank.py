@@ -3,13 +3,14 @@
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
 from moe.parallel import Ranks, choose_device, join
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
+from pipelines.keeper import StartingPoint
 from pipelines.loop import StepDone, Steps, train_steps
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
@@ -23,6 +24,14 @@ class TrialJob(TypedDict):
     config: dict[str, Any]
     run_folder: str
     shards: str
+    checkpoint: NotRequired[str]
+    """Folder of a checkpoint that it begins with, of another run for instance; it begins at the start otherwise."""
+    fresh: NotRequired[list[str]]
+    """As of `pipelines.keeper.StartingPoint`."""
+    init_from: NotRequired[str]
+    """Folder of the weights that it begins with if there is no checkpoint."""
+    until_step: NotRequired[int]
+    """It ends after this optimizer step, although its schedule goes on."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class TrialRank:
         self._ranks: dict[tuple[int, int, str], Ranks] = {}
         self._steps: Steps | None = None
         self._step = 0
-        self._schedule_steps = 0
+        self._schedule_steps = self._until = 0
         self._recorder: SeriesRecorder | None = None
         self._folder: RunFolder | None = None
 
@@ -54,8 +63,11 @@ class TrialRank:
         config = RunConfig.model_validate(job["config"])
         self._folder = RunFolder(Path(job["run_folder"]))
         self._step, self._schedule_steps = 0, config.steps
-        ranks = self._ranks_for(config)
-        self._steps = train_steps(config, ranks, open_shards(Path(job["shards"])), self._folder)
+        self._until = job.get("until_step", config.steps)
+        ranks, shards = self._ranks_for(config), open_shards(Path(job["shards"]))
+        start = StartingPoint(Path(job["checkpoint"]), tuple(job.get("fresh", ()))) if "checkpoint" in job else None
+        init_from = Path(job["init_from"]) if "init_from" in job else None
+        self._steps = train_steps(config, ranks, shards, self._folder, init_from, start)
 
     def advance(self, steps: int) -> Progress:
         """Take so many steps, or fewer to the trial's end. Collective.
@@ -70,6 +82,8 @@ class TrialRank:
                 return self._end(end.value)
             except UserError as error:
                 return self._end(Ending("refused", self._step, str(error)))
+            if self._step == self._until < self._schedule_steps:
+                return self._end(Ending("finished", self._step))
         return Progress(self._step)
 
     def _take(self, done: StepDone) -> None:

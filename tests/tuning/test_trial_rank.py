@@ -133,3 +133,43 @@ def test_modes_of_the_process_that_somebody_left_behind_are_put_back(tmp_path: P
     assert torch.is_grad_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
     assert recorded(tmp_path / "after") == recorded(tmp_path / "before")
+
+
+def test_a_trial_that_begins_with_another_run_s_checkpoint_takes_the_same_steps_and_ends_where_it_is_told(
+    tmp_path: Path,
+) -> None:
+    _run(TrialRank(0), trial_job(tmp_path / "run"))
+    checkpoint = str(RunFolder(tmp_path / "run").checkpoints / "step-00000004")
+    job = trial_job(tmp_path / "trial", "checkpoint.every_steps=0", "validation.every_steps=7")
+    job |= {"checkpoint": checkpoint, "until_step": 7}
+    assert _run(TrialRank(0), job) == Ending("finished", 7)
+    run, trial = recorded(tmp_path / "run"), recorded(tmp_path / "trial")
+    assert trial["train"] == {step: run["train"][step] for step in (5, 6, 7)}
+    assert trial["validation"].keys() == {7}
+    assert not is_written_to(RunFolder(tmp_path / "trial"))
+
+
+def test_what_begins_anew_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    """Moments of 0 with their correction begun anew: the first update is that of signs, as at the first step of all."""
+    _run(TrialRank(0), trial_job(tmp_path / "run"))
+    checkpoint = str(RunFolder(tmp_path / "run").checkpoints / "step-00000004")
+    short: TrialJob = {**trial_job(tmp_path / "moments"), "checkpoint": checkpoint, "until_step": 6}
+    _run(TrialRank(0), {**short, "fresh": ["optimizer."]})
+    run, moments = recorded(tmp_path / "run")["train"], recorded(tmp_path / "moments")["train"]
+    assert moments[5]["train/loss"] == run[5]["train/loss"]
+    rates = {name: steps[step]["train/lr"] for name, steps, step in (("run", run, 1), ("fresh", moments, 5))}
+    first, fresh = run[1]["train/update_norm"] / rates["run"], moments[5]["train/update_norm"] / rates["fresh"]
+    assert fresh == pytest.approx(first, rel=0.05)
+    assert moments[6]["train/loss"] != run[6]["train/loss"]
+
+
+def test_a_technique_that_the_run_did_not_have_begins_without_a_past(tmp_path: Path) -> None:
+    _run(TrialRank(0), trial_job(tmp_path / "run"))
+    checkpoint = str(RunFolder(tmp_path / "run").checkpoints / "step-00000004")
+    other = trial_job(tmp_path / "zclip", "stability.clip={kind: zclip, warmup_steps: 2}")
+    job: TrialJob = {**other, "checkpoint": checkpoint, "until_step": 8}
+    refused = _run(TrialRank(0), job)
+    assert refused.outcome == "refused"
+    assert "it lacks: stability.clip." in (refused.reason or "")
+    assert _run(TrialRank(0), {**job, "fresh": ["stability.clip."]}) == Ending("finished", 8)
+    assert recorded(tmp_path / "zclip")["train"].keys() == {5, 6, 7, 8}

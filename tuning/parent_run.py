@@ -1,0 +1,100 @@
+"""The MLflow parent of trials, and its folder: what studies and replays have in common."""
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipelines.delivery import Delivery, Drainer
+from pipelines.description import Status
+from pipelines.ending import DESCRIPTION_TAG
+from pipelines.run_folder import RunFolder, RunInfo, replay_folders, study_folders, write_json, write_whole
+from pipelines.run_lock import RunBusyError, RunLock
+from pipelines.tracking import FINISH_TIMEOUT_S
+from pipelines.tracking_store import TrackingStore, shown, store_errors
+
+
+class ParentRun:
+    """As a context manager it ends the run on every way out, exceptions included."""
+
+    def __init__(self, store: TrackingStore, folder: RunFolder, lock: RunLock, description: str) -> None:
+        self.folder, self.info = folder, folder.info
+        self.description = description
+        self.undelivered: str | None = None
+        """After the end: what to tell the user if MLflow could not be given everything."""
+        self.status: Status | None = None
+        """How it ends, where that is not what the exception on the way out says."""
+        self.figures: dict[str, float] = {}
+        """Metrics of its end."""
+        self._drainer = Drainer(store.client, folder, lock)
+
+    def __enter__(self) -> Self:
+        self._drainer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        status: Status = "FINISHED" if error is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+        ending = _ending(self.status or status, self.description, self.figures)
+        write_json(self.folder.ending, ending)
+        self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
+
+
+def make_parent(
+    store: TrackingStore,
+    place: Path,
+    name: str,
+    experiment: str,
+    *,
+    tags: Mapping[str, str],
+    params: Mapping[str, str],
+    files: Mapping[str, str],
+) -> tuple[RunFolder, RunLock]:
+    """A new run and its folder in ``place``, with these text files (``config.yaml`` at least) by their names; locked.
+
+    Raises:
+        UserError: the store refuses.
+    """
+    from mlflow.entities import Param
+
+    with store_errors(store.uri):
+        client, experiment_id = store.client, store.experiment_id(experiment)
+        run = client.create_run(experiment_id, run_name=name, tags={"mlflow.source.type": "LOCAL", **tags})
+        folder = RunFolder(place / run.info.run_id)
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        try:
+            for file, text in files.items():
+                write_whole(folder.path / file, text)
+            lock = RunLock(folder)
+            folder.write_info(RunInfo(run.info.run_id, name, experiment, experiment_id, created, shown(store.uri)))
+        except BaseException:
+            client.set_terminated(run.info.run_id, "FAILED")
+            raise
+        client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
+        client.log_artifact(run.info.run_id, str(folder.config))
+    return folder, lock
+
+
+def end_orphaned_parents(store: TrackingStore) -> None:
+    """End the studies and replays whose driver vanished. Their trials are runs, and `pipelines.orphans` ends those."""
+    for folder in [*study_folders(), *replay_folders()]:
+        if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
+            continue
+        try:
+            lock = RunLock(folder)
+        except RunBusyError:
+            continue
+        with store_errors(store.uri):
+            try:
+                write_json(folder.ending, _ending("KILLED", "Stopped: its driver vanished.", {}))
+                Delivery(store.client, folder).send()
+            finally:
+                lock.release()
+
+
+def _ending(status: Status, description: str, figures: Mapping[str, float]) -> dict[str, Any]:
+    now = time.time_ns() // 1_000_000
+    return {"status": status, "time_ms": now, "metrics": dict(figures), "tags": {DESCRIPTION_TAG: description}}
