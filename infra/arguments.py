@@ -69,6 +69,7 @@ class SubmitArguments(BaseModel):
     Examples:
       steadymoe submit -- train tiny
       steadymoe submit -- study balance --budget-minutes 30
+      steadymoe submit -- replay latest 1
       steadymoe submit --detach -- train micro my.yaml --set optimizer.lr=1e-3
       steadymoe submit --watch raysubmit_3VZcHAk6ztpHSPZJ
     """

@@ -249,7 +249,38 @@ STUDIES = View(
     group_tag="arm_of_study",
 )
 
-VIEWS = (TRAINING, SPIKES, ROUTING, HEALTH, TECHNIQUES, STUDIES)
+REPLAYS = View(
+    key="replays",
+    name="Replays",
+    sections=(
+        Section(
+            "1 The spike under treatments",
+            (LineChart("train/loss", "log"), LineChart("train/grad_norm", "log"), LineChart("moe/max_vio_batch")),
+        ),
+        Section(
+            "2 What the treatments come to",
+            (
+                BarChart("replay/score"),
+                BarChart("replay/events"),
+                BarChart("replay/train_loss"),
+                BarChart("replay/val_loss"),
+            ),
+        ),
+    ),
+    columns=(
+        "tags.replay",
+        "tags.arm",
+        "metrics.replay/events",
+        "metrics.replay/score",
+        "metrics.replay/peak",
+        "metrics.replay/train_loss",
+        "metrics.replay/val_loss",
+        "attributes.Description",
+    ),
+    search="tags.role = 'replay'",
+)
+
+VIEWS = (TRAINING, SPIKES, ROUTING, HEALTH, TECHNIQUES, STUDIES, REPLAYS)
 
 # Ten that are easy to tell apart (matplotlib's tab10), as many as runs are on the charts at first. The UI's own choice
 # gave two runs of five the same blue.

@@ -22,7 +22,7 @@ from pipelines.summary import print_links
 from pipelines.terminal import list_console, print_line
 from pipelines.text import fit_to_text, prepare_shown
 from pipelines.tracking_store import TrackingStore, open_store_in_background, tracking_uri
-from pipelines.views import SPIKES
+from pipelines.views import REPLAYS
 from tuning import commands
 from tuning.arguments import ReplayArguments
 from tuning.parent_run import end_orphaned_parents
@@ -147,7 +147,7 @@ def _tell(replay: ReplayRun, outcome: ReplayOutcome | None, done: _Done, console
         console.print(outcome.table())
         print_line(console, outcome.sentence)
         print_line(console, f"As it was: {outcome.reproduction.sentence}.")
-    print_links(replay.folder, SPIKES, console)
+    print_links(replay.folder, REPLAYS, console)
     if replay.undelivered:
         print_line(console, replay.undelivered)
     if done.stopped:

@@ -12,7 +12,6 @@ from pipelines.spike_event import SpikeEvent
 
 _OPERATIONS = frozenset({"killed_worker", "stalled_worker", "dead_tracking_server", "full_disk", "corrupt_checkpoint"})
 _OF_CHECKPOINTS = frozenset({"full_disk", "corrupt_checkpoint"})
-_RECORD = "faults.json"
 
 
 def needs_checkpoints(config: RunConfig) -> bool:
@@ -45,4 +44,4 @@ def write_faults(folder: RunFolder, config: RunConfig, left_out: Sequence[int]) 
     """Let the run in ``folder`` take these faults for ones that have happened already."""
     if left_out:
         happened = [{"number": n, "kind": config.faults[n].kind, "step": 0} for n in left_out]
-        write_json(folder.path / _RECORD, {"happened": happened})
+        write_json(folder.faults, {"happened": happened})

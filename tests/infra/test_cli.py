@@ -49,6 +49,9 @@ def loaded_by(argv: list[str]) -> tuple[int, set[str]]:
         (["study", "--help"], 0),
         (["study", "balance", "--print-config"], 0),
         (["study", "balance", "--set", "seed=1"], 2),
+        (["replay", "--help"], 0),
+        (["replay", "nosuch", "1"], 2),
+        (["replay", "nosuch", "1", "--with", "prayer"], 2),
     ],
 )
 def test_help_and_mistakes_are_answered_without_the_heavy_libraries(argv: list[str], code: int) -> None:
@@ -88,7 +91,7 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
         ([], "error: no command given (see steadymoe --help)"),
         (
             ["trian"],
-            "error: argument {prepare,train,study,runs,spikes,deliver,export,up,status,down,submit}: "
+            "error: argument {prepare,train,study,runs,spikes,replay,deliver,export,up,status,down,submit}: "
             "invalid choice: 'trian'",
         ),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),

@@ -123,11 +123,18 @@ def test_a_study_that_stands_on_a_file_is_refused_as_a_job(tmp_path: Path, monke
         read_command(["study", "mine.yaml"])
 
 
+def test_a_replay_is_a_job_of_its_own_words() -> None:
+    words = ["replay", "spiky", "loss-000051", "--with", "half-lr", "--set", "monitors.every_steps=0"]
+    command = read_command(words)
+    assert shlex.split(command.entrypoint) == ["python", "-m", "tuning.replay", *words[1:]]
+    assert (command.resume, command.files) == ("spiky", {})
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ([], "submit: no command given"),
-        (["deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train, study"),
+        (["deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train, study, replay"),
         (["train", "micro", "--set", "optimizer.lr=fast"], "optimizer.lr: should be a valid number"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read: No such file"),
         (["train", "--resume", "x", "--set", "schedule.steps=0"], "schedule.steps: should be greater than 0, got 0"),
@@ -136,6 +143,9 @@ def test_a_study_that_stands_on_a_file_is_refused_as_a_job(tmp_path: Path, monke
         (["study"], "submit: no study given"),
         (["study", "balanse"], "unknown study 'balanse'; did you mean balance?"),
         (["study", "balance", "--print-config"], "--print-config: needs no job"),
+        (["replay", "latest"], "the following arguments are required"),
+        (["replay", "latest", "1", "--with", "halflr"], "--with halflr: no such treatment; did you mean half-lr?"),
+        (["replay", "latest", "1", "--set", "lr"], "--set lr: should be key=value"),
     ],
 )
 def test_what_cannot_be_a_job_is_refused_in_one_line(words: list[str], line: str) -> None:

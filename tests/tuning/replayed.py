@@ -12,6 +12,7 @@ from pipelines.run_folder import RunFolder, RunInfo, write_whole
 from pipelines.spike_event import SpikeEvent, add_event, event_id
 from pipelines.text import fit_to_text
 from tests.pipelines.small_run import small_config
+from tuning.replay_faults import write_faults
 from tuning.replay_plan import Arm, Plan, arm_journal
 from tuning.replay_trials import samples_of_spike
 from tuning.trial_rank import TrialJob, TrialRank
@@ -51,11 +52,12 @@ def add_spike(folder: RunFolder, step: int, **changes: Any) -> SpikeEvent:
     return event
 
 
-def replay(plan: Plan, arm: Arm, path: Path) -> RunFolder:
-    """Run the trial of a treatment in this process."""
+def replay(plan: Plan, arm: Arm, path: Path, outcome: str = "finished") -> RunFolder:
+    """Run the trial of a treatment in this process; it must end so."""
     shards = prepare(arm.config.data)
     folder = RunFolder(path)
     arm_journal(plan, arm.change, samples_of_spike(plan, shards)).write(folder.journal)
+    write_faults(folder, arm.config, plan.faults_left_out)
     job = TrialJob(
         config=fit_to_text(arm.config, shards).model_dump(mode="json"),
         run_folder=str(path),
@@ -68,5 +70,5 @@ def replay(plan: Plan, arm: Arm, path: Path) -> RunFolder:
     rank.begin(job)
     ending = rank.advance(1000).ending
     assert ending is not None
-    assert ending.outcome == "finished", ending
+    assert ending.outcome == outcome, ending
     return folder

@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.command_line import parse
 from pipelines.errors import UserError
-from tuning.arguments import StudyArguments
+from tuning.arguments import ReplayArguments, StudyArguments
 
 
 def study(*argv: str) -> StudyArguments:
@@ -49,3 +49,24 @@ def test_what_does_not_go_together_is_one_line(argv: list[str], line: str) -> No
         study(*argv)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_a_replay_goes_twenty_steps_beyond_its_event_under_all_treatments() -> None:
+    arguments = parse(ReplayArguments, ["spiky", "loss-000051"], "replay")
+    assert (arguments.run, arguments.event, arguments.after, arguments.treatments) == ("spiky", "loss-000051", 20, [])
+    given = parse(ReplayArguments, ["--with", "zclip", "spiky", "1", "--with", "half-lr", "--after", "0"], "replay")
+    assert (given.treatments, given.after) == (["zclip", "half-lr"], 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["spiky"], "the following arguments are required"),
+        (["spiky", "1", "--after", "-1"], "--after -1: should be greater than or equal to 0"),
+        (["spiky", "1", "2"], "unrecognized arguments: 2"),
+    ],
+)
+def test_a_replay_is_of_one_event(argv: list[str], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(ReplayArguments, argv, "replay")
+    assert str(caught.value).startswith(line)

@@ -11,6 +11,7 @@ from mlflow.entities import Run
 
 from pipelines.run_folder import RunFolder, replay_folders, run_folders
 from pipelines.spike_event import read_events
+from pipelines.views import REPLAYS
 from tests.pipelines.driver import Driver, folders, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import wait_until
 from tests.pipelines.small_run import metrics_of
@@ -90,6 +91,9 @@ def test_a_replay_repeats_the_spike_and_says_what_the_treatments_make_of_it(home
     assert (rows["as-it-was"]["verdict"], rows["as-it-was"]["cost"]) == ("same", 0.0)
     for arm, row in rows.items():
         assert row["val_loss"] == trials[arm].data.metrics["val/loss"]
+        assert {chart.metric for section in REPLAYS.sections for chart in section.charts} <= trials[
+            arm
+        ].data.metrics.keys()
     # The run keeps its own checkpoints, and the trials have none that MLflow would list beside them.
     models = client_of(home).search_logged_models([replay.info.experiment_id])
     assert {model.source_run_id for model in models} == {folders()["spiky"].info.id}

@@ -10,12 +10,14 @@ import pipelines.loop
 from moe.batch import BatchSource
 from pipelines.config import RunConfig
 from pipelines.data import TrainBatches
+from pipelines.outcome import Ending
 from pipelines.spike_event import read_events
 from pipelines.spool import TRAIN, SpoolWriter
 from tests.pipelines.test_responder import BadSamples
 from tests.tuning.replayed import add_spike, replay, run_of, write_run
 from tests.tuning.test_replay_plan import write_checkpoint
 from tuning.replay_plan import Plan, make_plan
+from tuning.replay_verdict import measure_replay
 from tuning.reproduction import compare, steps_of_timeline, what_is_different
 from tuning.trial_rank import reset_process
 
@@ -154,3 +156,19 @@ def test_events_before_and_after_answers_are_repeated_bit_for_bit_and_skipping_a
         assert [(e.step, e.kind, e.value) for e in read_events(plain.events)] == [(event.step, "loss", event.value)]
         assert read_events(skipping.events) == []
         assert max(steps_of_timeline(plain.spool, 0)) == plan.until
+
+
+@pytest.mark.slow
+def test_a_gradient_that_was_not_finite_is_so_again_and_has_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path / "home"))
+    run = run_of(
+        tmp_path / "spiky", "schedule.steps=24", "checkpoint.every_steps=10", "faults=[{kind: nan_gradient, step: 18}]"
+    )
+    plan = make_plan(run, "1", ["half-lr"], 3, [])
+    assert (plan.event.kind, plan.start.step) == ("non_finite", 10)
+    plain = replay(plan, plan.arms[0], tmp_path / "plain", outcome="diverged")
+    assert compare(plan, plain.spool, ()).is_exact
+    found = measure_replay(plan, plain, Ending("diverged", 18))
+    assert (found.diverged, found.events, found.val_loss) == (True, 1, None)
