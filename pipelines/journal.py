@@ -23,6 +23,8 @@ class SkippedSamples(BaseModel):
 
     from_step: int
     """Not from the batch of this step on (steps done before it)."""
+    rewound_to: int
+    """Steps done when that was decided: batches that were looked at before then are others now."""
     samples: list[int]
 
 

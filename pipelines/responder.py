@@ -104,7 +104,9 @@ class Responder(StepHook):
         return self._pending is not None
 
     def before_step(self, moment: Moment) -> None:
-        """Anticipate from where an answer says so."""
+        """Drop what was made of batches that are others now, and anticipate, from where an answer says so."""
+        if any(skipped.rewound_to == moment.step for skipped in self.journal.skipped_samples):
+            self._trainer.forget_batches()
         if moment.step in self.journal.anticipated_from:
             self._trainer.anticipate()
 
@@ -214,8 +216,8 @@ class Responder(StepHook):
         self._onset = None
         if pending.answer.action == "rewind_skip_samples":
             self._batches.skip(samples, pending.onset - 1)
-            self._trainer.forget_batches()
-            journal.skipped_samples.append(SkippedSamples(from_step=pending.onset - 1, samples=samples))
+            skipped = SkippedSamples(from_step=pending.onset - 1, rewound_to=target, samples=samples)
+            journal.skipped_samples.append(skipped)
             words += f" and left out the {len(samples)} samples of steps {pending.onset} to {step}"
         elif pending.answer.action == "rewind_anticipate":
             journal.anticipated_from.append(target)

@@ -251,7 +251,8 @@ def arm_journal(plan: Plan, change: Change, samples: Sequence[int]) -> Journal:
     if change.lr_factor is not None:
         journal.lr_cuts.append(LrCut(from_step=plan.start.step, factor=change.lr_factor, rewarm_steps=0))
     if change.leaves_samples_out:
-        journal.skipped_samples.append(SkippedSamples(from_step=plan.onset - 1, samples=list(samples)))
+        skipped = SkippedSamples(from_step=plan.onset - 1, rewound_to=plan.start.step, samples=list(samples))
+        journal.skipped_samples.append(skipped)
     return journal
 
 

@@ -129,7 +129,11 @@ def test_after_going_back_the_bad_samples_are_left_out_and_all_else_is_as_it_was
     assert journal.rewinds == [40]
 
 
-@pytest.mark.parametrize("settings", [(), ("stability.anticipation.kind=always",)], ids=["plain", "anticipating"])
+@pytest.mark.parametrize(
+    "settings",
+    [(), pytest.param(("stability.anticipation.kind=always",), marks=pytest.mark.slow)],
+    ids=["plain", "anticipating"],
+)
 def test_a_replay_of_what_went_back_with_nothing_changed_is_the_same_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
@@ -205,13 +209,18 @@ def test_spikes_far_apart_each_begin_at_the_first_rung(tmp_path: Path, monkeypat
     ]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [(), pytest.param(("stability.anticipation.kind=always",), marks=pytest.mark.slow)],
+    ids=["plain", "anticipating"],
+)
 def test_a_run_that_is_cut_off_anywhere_goes_on_as_it_would_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     """Checkpoints of the timeline that was left are passed over, and no spike is answered twice."""
     spoil(monkeypatch, 38, 52)
     rungs = "response.rungs=[skip_step, rewind_skip_samples]"
-    settings = (*SETTINGS, rungs, "checkpoint.every_steps=10", "response.calm_steps=20")
+    settings = (*SETTINGS, *more, rungs, "checkpoint.every_steps=10", "response.calm_steps=20")
     whole = tmp_path / "run"
     assert run_loop(0, 1, whole, settings) == Ending("finished", STEPS)
     events = events_of(whole)
@@ -274,6 +283,7 @@ def test_without_a_snapshot_that_is_old_enough_an_older_checkpoint_is_taken_if_t
     assert recovered[first] != clean[first]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_on_the_way_back_finds_no_checkpoint_of_what_it_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,10 @@ def test_the_journal_of_an_event_has_what_was_decided_before_it_and_nothing_late
     add_spike(folder, 40, kind="worker_death", action="restart_workers")
     add_spike(folder, 50, action="rewind_skip_samples", rewound_to=45, timeline=1)
     add_spike(folder, 52, timeline=2)
-    cut, skipped = LrCut(from_step=25, factor=0.5, rewarm_steps=3), SkippedSamples(from_step=49, samples=[7])
+    cut, skipped = (
+        LrCut(from_step=25, factor=0.5, rewarm_steps=3),
+        SkippedSamples(from_step=49, rewound_to=40, samples=[7]),
+    )
     now = Journal(
         decisions={10: "record", 30: "record", 52: "skip_step"},
         rewinds=[25, 45],

@@ -9,7 +9,7 @@ import pytest
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from tests.tuning.study_file import write_study
-from tuning.measure_names import MEASURES
+from tuning.measure_names import MEASURES, OF_EVENTS
 from tuning.measures import measure
 from tuning.series import Series
 from tuning.study_loading import load_study, trial_configs
@@ -43,7 +43,7 @@ def test_a_measure_is_refused_exactly_where_a_run_would_lack_it(
     config = {"schedule": schedule, "stability": {"clip": {"kind": clip}}}
     changes: dict[str, Any] = {"base": [preset], "config": config, "claims.0.conditions.0.right": 9.0}
     [run, _] = trial_configs(load_study(write_study(tmp_path, changes)))
-    has = measure(left_by(run), run)
+    has = {*measure(left_by(run), run), *OF_EVENTS}
     for name in MEASURES:
         study = write_study(tmp_path, {**changes, "claims.0.conditions.0.left.measure": name})
         if name in has:
