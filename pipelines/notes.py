@@ -6,11 +6,12 @@ training worker of rank 0.
 
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from pipelines.json_lines import append_json
 
 _log = logging.getLogger(__name__)
 
@@ -31,15 +32,8 @@ class Note:
 
 def add_note(path: Path, note: Note) -> None:
     """Append a note with one write call. What cannot be written is logged: notes never stop training."""
-    # A line end before it, too: a full disk may have cut the last note short.
-    line = b"\n" + json.dumps(asdict(note), ensure_ascii=False).encode() + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            os.write(file, line)
-        finally:
-            os.close(file)
+        append_json(path, asdict(note))
     except OSError as error:
         _log.warning("%s (not recorded: %s)", note.text, error)
 

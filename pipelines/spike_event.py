@@ -8,13 +8,14 @@ controller, worker.
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines.json_lines import append_json
 
 _log = logging.getLogger(__name__)
 
@@ -192,14 +193,7 @@ def steps_lost(events: Iterable[SpikeEvent]) -> int:
 
 
 def _append(path: Path, content: dict[str, Any]) -> None:
-    # A line end before it, too: a full disk may have cut the last line short.
-    line = b"\n" + json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            os.write(file, line)
-        finally:
-            os.close(file)
+        append_json(path, content)
     except OSError as error:
-        _log.warning("an event is not recorded (%s): %s", error, line.decode().strip()[:200])
+        _log.warning("an event is not recorded (%s): %s", error, content)
