@@ -8,7 +8,7 @@ from typing import Literal
 
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
-from pipelines.spike_event import read_events
+from pipelines.spike_event import Kind, read_events
 from pipelines.spool import TRAIN, VALIDATION, SpoolReader, live
 from tuning.replay_plan import Plan
 
@@ -18,6 +18,12 @@ between the highest score tells: smaller by a fifth at least, larger by a quarte
 loss is another."""
 
 _SMALLER, _LARGER = 0.8, 1.25
+# Of what an event was seen in, the metrics of the score and of the value; the loss stands for all that has no score.
+_SERIES: dict[Kind, tuple[str, str]] = {
+    "loss": ("spike/score_loss", "train/loss"),
+    "grad_norm": ("spike/score_grad_norm", "train/grad_norm"),
+    "max_vio": ("spike/score_max_vio", "moe/max_vio_batch"),
+}
 # Of so many last steps the training loss is the mean.
 _LAST_STEPS = 10
 
@@ -56,7 +62,7 @@ def measure_replay(plan: Plan, folder: RunFolder, ending: Ending) -> Measured:
     """Measure a trial that has ended from what it left in its folder."""
     records = live(SpoolReader(folder.spool).read())
     train = {record.step: record for record in records if record.kind == TRAIN}
-    series = "grad_norm" if plan.event.kind == "grad_norm" else "loss"
+    score, value = _SERIES.get(plan.event.kind, _SERIES["loss"])
     window = [train[step].metrics for step in range(plan.onset, plan.until + 1) if step in train]
     lost = any(name in record.non_finite for record in train.values() for name in ("train/loss", "train/grad_norm"))
     last = range(max(min(plan.event.step + 1, plan.until), plan.until - _LAST_STEPS + 1), plan.until + 1)
@@ -65,8 +71,8 @@ def measure_replay(plan: Plan, folder: RunFolder, ending: Ending) -> Measured:
     return Measured(
         diverged=lost or ending.outcome == "diverged",
         events=sum(each.is_training and each.step >= plan.onset for each in read_events(folder.events)),
-        score=_highest(window, f"spike/score_{series}"),
-        peak=_highest(window, f"train/{series}"),
+        score=_highest(window, score),
+        peak=_highest(window, value),
         train_loss=fmean(finite) if len(finite := [x for x in losses if x is not None]) == len(last) else None,
         val_loss=validations[-1] if validations else None,
         losses=tuple(train[step].metrics.get("train/loss") for step in sorted(train)),
