@@ -30,16 +30,20 @@ def is_relapse(config: LadderResponseConfig, journal: Journal, step: int) -> boo
     return journal.last_event_step is not None and step <= journal.last_event_step + config.calm_steps
 
 
-def answer(config: ResponseConfig, journal: Journal, kind: Kind, step: int) -> Answer:
-    """The answer to an event of this kind at ``step`` (counted from 1)."""
+def answer(config: ResponseConfig, journal: Journal, kind: Kind, step: int, *, is_taken: bool = False) -> Answer:
+    """The answer to an event of this kind at ``step`` (counted from 1).
+
+    ``is_taken``: it was found in the update itself, which can be taken back but not refused any more.
+    """
     if isinstance(config, RecordResponseConfig):
         if kind == "non_finite":
-            return Answer("abort", 0, f"loss or gradient was not finite at step {step}")
+            what = "the update" if is_taken else "loss or gradient"
+            return Answer("abort", 0, f"{what} was not finite at step {step}")
         return Answer("record", 0)
     rung = journal.rung if is_relapse(config, journal, step) else 0
     limits = set()
     for number in range(rung, len(config.rungs)):
-        obstacle = _obstacle(config, journal, kind, config.rungs[number])
+        obstacle = _obstacle(config, journal, kind, config.rungs[number], is_taken)
         if obstacle is None:
             # What has no batch to blame has no samples to leave out.
             blameless = kind == "replica_mismatch" and config.rungs[number] == "rewind_skip_samples"
@@ -52,11 +56,11 @@ def answer(config: ResponseConfig, journal: Journal, kind: Kind, step: int) -> A
     return Answer("abort", rung, why + (f" ({', '.join(sorted(limits))} reached)" if limits else ""))
 
 
-def _obstacle(config: LadderResponseConfig, journal: Journal, kind: Kind, rung: Rung) -> str | None:
+def _obstacle(config: LadderResponseConfig, journal: Journal, kind: Kind, rung: Rung, is_taken: bool) -> str | None:
     """What keeps a rung from being used: a limit of the config by its key, or nothing that has a name."""
     if rung in _REWINDS:
         return "response.max_rewinds" if len(journal.rewinds) >= config.max_rewinds else None
-    if kind == "replica_mismatch" or (kind == "non_finite" and rung == "record"):
+    if is_taken or kind == "replica_mismatch" or (kind == "non_finite" and rung == "record"):
         return ""
     if rung == "skip_step" and journal.skipped_steps >= config.max_skipped_steps:
         return "response.max_skipped_steps"

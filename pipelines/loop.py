@@ -171,6 +171,7 @@ def _steps(
             trainer.request("stop")
         report = trainer.step()
         seconds = time.perf_counter() - clock
+        responder.see_update(report)
         recorder.step(report, seconds, responder.journal.events, responder.at_spike)
         response = responder.after_step(report, seconds)
         if response.ending is not None:

@@ -4,6 +4,7 @@ Before an update is taken the responder looks at the step, and refuses the updat
 it carries out the rest: the event is written down, then the journal, and then training goes back, if it does.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,18 @@ class Responder(StepHook):
         self._pending = _Pending(kind, self._onset, in_words(kind, seen), found)
         self.journal.events += 1
         return found.action == "record"
+
+    def see_update(self, report: Report) -> None:
+        """Look at the update of a step that was taken: one that is not finite has spoiled weights.
+
+        Loss and gradient were finite; a weight with a flipped bit does that, for instance.
+        """
+        update = report.metrics.get("train/update_norm", 0.0)
+        if self._pending is None and not math.isfinite(update):
+            found = answer(self._config, self.journal, "non_finite", report.step, is_taken=True)
+            words = f"step {report.step}: the update of the weights is not finite"
+            self._pending = _Pending("non_finite", self._onset or report.step, words, found)
+            self.journal.events += 1
 
     def after_step(self, report: Report, seconds: float) -> Response:
         """Carry out what was decided, and keep account of what is over."""

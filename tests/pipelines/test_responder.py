@@ -12,6 +12,7 @@ import torch
 import pipelines.loop
 import pipelines.responder
 from moe.batch import Batch, BatchSource
+from moe.trainer import Trainer
 from pipelines.checkpoint_manifest import checkpoint_folders, step_of
 from pipelines.checkpoint_standing import standing
 from pipelines.config import RunConfig
@@ -327,6 +328,37 @@ def _run_spoiled(rank: int, world: int, run: str) -> None:
 def test_snapshots_that_do_not_fit_are_refused_with_the_arithmetic(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"response.memory_gib: 3 snapshots of .* GiB each take .* raise it, or lower"):
         run_loop(0, 1, tmp_path / "run", (*SETTINGS, "response.memory_gib=0.001"))
+
+
+@pytest.mark.parametrize("kind", ["ladder", "record"])
+def test_an_update_that_is_not_finite_is_taken_back_or_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Loss and gradient were finite, so that nothing was to be seen before it."""
+    update = Trainer._update
+    spoiled: list[int] = []
+
+    def spoil_once(self: Trainer, *args: Any) -> dict[str, float]:
+        metrics = update(self, *args)
+        if self.steps_done == BAD_STEP - 1 and not spoiled:
+            spoiled.append(self.steps_done)
+            self.model.moe_layers()[0].experts.w_up.data[0, 0, 0] = float("inf")
+            metrics["train/update_norm"] = float("inf")
+        return metrics
+
+    monkeypatch.setattr(Trainer, "_update", spoil_once)
+    settings = [s for s in SETTINGS if not s.startswith("response")]
+    ending = run_loop(0, 1, tmp_path / "run", (*settings, f"response.kind={kind}"))
+    (event,) = events_of(tmp_path / "run")
+    assert (event.kind, event.step) == ("non_finite", BAD_STEP)
+    if kind == "ladder":
+        assert ending == Ending("finished", STEPS)
+        assert (event.action, event.rewound_to) == ("rewind_skip_samples", 40)
+        assert metrics_of(tmp_path / "run")[STEPS]["spike/count"] == 1
+    else:
+        assert (ending.outcome, event.action) == ("diverged", "abort")
+    clean = [step_of(p) for p in checkpoint_folders(RunFolder(tmp_path / "run").checkpoints)]
+    assert clean == ([20, 40, 60] if kind == "ladder" else [20, 40])
 
 
 def test_a_run_that_only_records_takes_every_finite_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
