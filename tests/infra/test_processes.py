@@ -34,7 +34,7 @@ def wait_for(path: Path, mark: str, count: int) -> None:
     raise AssertionError(f"{path} {marked(mark)}")
 
 
-@pytest.mark.parametrize("root_dies_first", [False, True])
+@pytest.mark.parametrize("root_dies_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ending_a_service_ends_all_that_it_started(
     tmp_path: Path, root_dies_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,9 +97,9 @@ def started(rank: int, world: int, folder: Path, *settings: str) -> Any:
     ("world", "settings"),
     [
         (1, ()),
-        (2, ("parallel.expert_parallel=2",)),
+        pytest.param(2, ("parallel.expert_parallel=2",), marks=pytest.mark.slow),
         (2, ("parallel.expert_parallel=2", "parallel.dense=shard")),
-        (4, ("parallel.expert_parallel=2", "parallel.dense=shard")),
+        pytest.param(4, ("parallel.expert_parallel=2", "parallel.dense=shard"), marks=pytest.mark.slow),
     ],
 )
 def test_every_rank_starts_from_the_weights_and_biases_of_the_run_that_was_exported(

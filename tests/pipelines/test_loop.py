@@ -309,6 +309,7 @@ def _interrupted(*_: object, **__: object) -> None:
     raise InterruptedError
 
 
+@pytest.mark.slow
 def test_a_worker_waits_for_one_that_a_killed_command_has_left_behind(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     assert not is_written_to(run)

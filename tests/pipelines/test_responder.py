@@ -263,7 +263,10 @@ def test_checkpoints_of_a_timeline_that_was_left_are_discarded(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("every", "target", "where"),
-    [(10, 20, "on the disk"), (0, 35, "in memory, less old than response.guard_steps wants")],
+    [
+        (10, 20, "on the disk"),
+        pytest.param(0, 35, "in memory, less old than response.guard_steps wants", marks=pytest.mark.slow),
+    ],
     ids=["checkpoints", "none"],
 )
 def test_without_a_snapshot_that_is_old_enough_an_older_checkpoint_is_taken_if_there_is_one(

@@ -83,7 +83,10 @@ def _in_mlflow(store: TrackingStore, run: StudyRun) -> dict[str, Run]:
     return {str(trial.data.tags["arm"]): trial for trial in found}
 
 
-@pytest.mark.parametrize(("check", "why"), [(True, "before the first step"), (False, "the first step's loss")])
+@pytest.mark.parametrize(
+    ("check", "why"),
+    [pytest.param(True, "before the first step", marks=pytest.mark.slow), (False, "the first step's loss")],
+)
 def test_an_arm_that_cannot_be_trained_ends_the_study_and_is_the_one_that_failed(
     store: TrackingStore, check: bool, why: str
 ) -> None:

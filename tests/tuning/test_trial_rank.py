@@ -45,6 +45,7 @@ def test_a_trial_is_the_run_that_the_loop_makes_of_its_config_whatever_ran_befor
     assert recorded(tmp_path / "b")["train"][1] != recorded(tmp_path / "a")["train"][1]
 
 
+@pytest.mark.slow
 def test_two_ranks_that_keep_their_groups_are_the_loop_on_two_ranks(tmp_path: Path) -> None:
     jobs = [trial_job(tmp_path / name, *PAIR, *more) for name, more in {"a": (), "b": OTHER, "again": ()}.items()]
     endings = run_distributed(_run_all, 2, jobs)
