@@ -84,7 +84,8 @@ def server(home: Path, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.mark.slow
 def test_a_server_that_dies_and_comes_back_misses_nothing(server: Server) -> None:
-    chosen = config(tracking={"uri": server.uri})
+    # Nothing waits for a rewind that may come.
+    chosen = config(tracking={"uri": server.uri}, response={"kind": "record"})
     with Tracker.start(chosen, open_store(server.uri), dataset=DATASET) as tracker:
         folder = tracker.folder
         train(folder, 1, 100)
@@ -99,7 +100,11 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server: Server) -> Non
     assert points(client, folder, "val/loss") == [(100, 6 / 100), (400, 6 / 400), (600, 6 / 600)]
     run = client.get_run(tracker.info.id)
     assert run.info.status == "FINISHED"
-    assert {file.path for file in client.list_artifacts(tracker.info.id)} == {"config.yaml", "environment.json"}
+    assert {file.path for file in client.list_artifacts(tracker.info.id)} == {
+        "config.yaml",
+        "environment.json",
+        "spikes.json",
+    }
 
 
 @pytest.mark.slow
@@ -113,7 +118,7 @@ def test_what_a_dead_server_did_not_get_is_told_and_delivered_later(
         checkpoint(tracker.folder, 600)
     assert tracker.undelivered is not None
     assert "\n" not in tracker.undelivered
-    told = r"1,201 points and the ending and 1 checkpoint of run run-1 could not be delivered"
+    told = r"1,201 points and the ending and 1 checkpoint and 1 spike event of run run-1 could not be delivered"
     assert re.match(told, tracker.undelivered)
     assert "`steadymoe deliver run-1` sends them" in tracker.undelivered
     # The run stays locked for as long as a request of its own thread is under way.

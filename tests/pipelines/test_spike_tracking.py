@@ -236,13 +236,15 @@ def test_events_reach_a_server_and_those_that_a_dead_one_missed_are_told_of(
         server.kill()
         record(folder, spike(200))
     assert tracker.undelivered is not None
-    # Of the first event the table does not say yet what its trace says.
-    assert re.match(r"the ending and 2 spike events of run run-1 could not be", tracker.undelivered)
+    # Of the first event the table does not say yet what its trace says; the outage is the third.
+    assert re.match(r"the ending and 3 spike events of run run-1 could not be", tracker.undelivered)
     server.start()
     wait_until(lambda: deliver_or_busy(folder))
     check_trace(traces(client, folder)["loss-000100"], folder.info.id)
     assert traces(client, folder)["loss-000200"].info.tags["spike.outcome"] == "open"
-    assert [row["step"] for row in table(client, folder, tmp_path / "down")] == [100, 200]
+    rows = {row["kind"]: row["step"] for row in table(client, folder, tmp_path / "down")}
+    assert rows == {"loss": 200, "tracking_outage": 0}
+    assert len(table(client, folder, tmp_path / "again")) == 3
 
 
 def deliver_or_busy(folder: RunFolder) -> bool:
