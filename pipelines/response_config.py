@@ -78,8 +78,9 @@ class LadderResponseConfig(Config):
 
     @property
     def window_steps(self) -> int:
-        """How far a snapshot in memory can lie back: deeper rewinds go to the disk."""
-        return self.snapshots * self.snapshot_every_steps
+        """How far a snapshot in memory can lie back, if an event has kept one from being taken; deeper rewinds go to
+        the disk."""
+        return (self.snapshots + 1) * self.snapshot_every_steps
 
 
 ResponseConfig = Annotated[RecordResponseConfig | LadderResponseConfig, Field(discriminator="kind")]

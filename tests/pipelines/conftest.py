@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pipelines.home import HOME_VARIABLE
 from pipelines.prepare import prepare
 from pipelines.shards import Shards
 from pipelines.tracking_store import URI_VARIABLE, TrackingStore, local_database, open_store
+from tests.pipelines.mlflow_server import Server
 from tests.pipelines.plain_corpus import PlainCorpus, write_corpus
 
 
@@ -38,6 +40,15 @@ def store(home: Path, empty_database: Path) -> TrackingStore:
     """The local tracking database under ``home``."""
     shutil.copy(empty_database, home / "mlflow.db")
     return open_store(local_database())
+
+
+@pytest.fixture
+def server(home: Path, tmp_path: Path) -> Iterator[Server]:
+    """A tracking server of the test's own."""
+    server = Server(tmp_path / "server.db", tmp_path / "server.log")
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="module")

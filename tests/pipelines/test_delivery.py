@@ -1,7 +1,5 @@
 import re
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -72,14 +70,6 @@ def test_a_record_above_the_limit_of_a_request_arrives(store: TrackingStore) -> 
     arrived = store.client.get_run(tracker.info.id).data.metrics
     assert {name: value for name, value in arrived.items() if name in metrics} == metrics
     assert arrived["train/loss"] == 1.0
-
-
-@pytest.fixture
-def server(home: Path, tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path / "server.db", tmp_path / "server.log")
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.mark.slow

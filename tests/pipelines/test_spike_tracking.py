@@ -3,7 +3,6 @@
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -213,14 +212,6 @@ def test_another_default_store_of_the_process_gets_nothing(
     assert traces(store.client, tracker.folder).keys() == {"loss-000003"}
     assert empty_database.read_bytes() == before
     assert mlflow.active_run() is None
-
-
-@pytest.fixture
-def server(home: Path, tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path / "server.db", tmp_path / "server.log")
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.mark.slow
