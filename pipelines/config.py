@@ -106,6 +106,8 @@ class ValidationConfig(Config):
 
     every_steps: PositiveInt = 100
     """Optimizer steps between validations; the last step is always validated."""
+    at_steps: list[PositiveInt] = Field(default=[])
+    """Further optimizer steps after which there is one: a sweep's rungs, for instance."""
     max_tokens: PositiveInt = 262_144
     """At most this many held-out tokens are read, in windows spread evenly over the held-out part."""
     per_token: bool = False

@@ -205,7 +205,7 @@ def _round_off(
     config, last = recorder.config, report.step == recorder.config.steps
     keeper.step_done()
     validation = None
-    if report.step % config.validation.every_steps == 0 or last:
+    if report.step % config.validation.every_steps == 0 or report.step in config.validation.at_steps or last:
         validation = validate(trainer, held_out)
         recorder.validation(report.step, validation)
     if last and config.validation.per_token:

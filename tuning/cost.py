@@ -37,15 +37,9 @@ class Cost:
 def block_cost(configs: list[RunConfig], shards: Shards, slots: int) -> Cost:
     """The cost of the trials with these configs, ``slots`` at a time, by steps of the first of them on this machine."""
     steps = [config.steps for config in configs]
-    tokens = [_tokens(config) for config in configs]
+    tokens = [config.tokens for config in configs]
     per_token = _seconds_per_step(configs[0], shards) / (tokens[0] / steps[0])
     return Cost(len(configs), sum(steps), sum(tokens), slots, sum(tokens) * per_token / slots)
-
-
-def _tokens(config: RunConfig) -> int:
-    stages = config.schedule.as_stages()
-    sizes = [(config.steps_of(stage), *config.batch_of(stage)) for stage in stages]
-    return sum(steps * sequences * length for steps, sequences, length in sizes)
 
 
 def _seconds_per_step(config: RunConfig, shards: Shards) -> float:

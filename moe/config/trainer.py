@@ -85,6 +85,13 @@ class TrainerConfig(Config):
         """Optimizer steps in all."""
         return sum(self.steps_of(stage) for stage in self.schedule.as_stages())
 
+    @property
+    def tokens(self) -> int:
+        """Training tokens in all."""
+        stages = self.schedule.as_stages()
+        sizes = [(self.steps_of(stage), *self.batch_of(stage)) for stage in stages]
+        return sum(steps * sequences * length for steps, sequences, length in sizes)
+
     def steps_of(self, stage: Stage) -> int:
         """Optimizer steps of a stage."""
         sequences, length = self.batch_of(stage)
