@@ -17,7 +17,7 @@ from pipelines.command_line import EXIT_DONE, run_command
 from pipelines.errors import UserError
 from pipelines.spike_arguments import RunsArguments, SpikesArguments
 from tuning import commands as tuning_commands
-from tuning.arguments import ReplayArguments, StudyArguments
+from tuning.arguments import ReplayArguments, StudyArguments, SweepArguments
 
 PROGRAM = "steadymoe"
 
@@ -39,6 +39,8 @@ class Steadymoe(BaseModel):
     """One training run."""
     study: CliSubCommand[StudyArguments]
     """The arms of a claim over paired seeds: table, verdict, picture."""
+    sweep: CliSubCommand[SweepArguments]
+    """A search space of config keys on Ray Tune: which values are stable at the least loss."""
     runs: CliSubCommand[RunsArguments]
     """The runs with their stability figures."""
     spikes: CliSubCommand[SpikesArguments]
@@ -63,6 +65,7 @@ _COMMANDS: Mapping[type[Any], Callable[[Any], int]] = {
     PrepareArguments: commands.prepare,
     TrainArguments: commands.train,
     StudyArguments: tuning_commands.study,
+    SweepArguments: tuning_commands.sweep,
     RunsArguments: commands.runs,
     SpikesArguments: commands.spikes,
     ReplayArguments: tuning_commands.replay,

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipelines.checkpoint_manifest import MANIFEST, CheckpointError, checkpoint_folders, step_of, verify
 from pipelines.run_folder import write_json
 
-_FILE = "standing.json"
+STANDING = "standing.json"
 _log = logging.getLogger(__name__)
 
 State = Literal["unconfirmed", "good", "suspect", "discarded"]
@@ -44,11 +44,11 @@ class Standing(BaseModel):
 def standing(path: Path) -> Standing:
     """The standing of the checkpoint at ``path``; one without a legible record is unconfirmed."""
     try:
-        return Standing.model_validate(json.loads((path / _FILE).read_text(encoding="utf-8")))
+        return Standing.model_validate(json.loads((path / STANDING).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return Standing()
     except (OSError, ValueError, ValidationError) as error:
-        _log.warning("%s cannot be read, so the checkpoint counts as unconfirmed: %s", path / _FILE, error)
+        _log.warning("%s cannot be read, so the checkpoint counts as unconfirmed: %s", path / STANDING, error)
         return Standing()
 
 
@@ -146,4 +146,4 @@ def _has_its_files(path: Path) -> bool:
 
 
 def _write(path: Path, known: Standing) -> None:
-    write_json(path / _FILE, known.model_dump(mode="json"))
+    write_json(path / STANDING, known.model_dump(mode="json"))

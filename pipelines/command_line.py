@@ -46,6 +46,7 @@ _METAVARS = {
     "--address": "URL",
     "--budget-minutes": "MINUTES",
     "--blocks": "N",
+    "--trials": "N",
     "--findings": "FILE",
     "--with": "TREATMENT",
     "--after": "STEPS",

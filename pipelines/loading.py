@@ -22,7 +22,7 @@ from pipelines.yaml_text import Path as KeyPath
 
 PRESETS = Path(__file__).parent / "presets"
 FILE_SUFFIX = ".yaml"
-_PLURALS = {"preset": "Presets", "study": "Studies"}
+_PLURALS = {"preset": "Presets", "study": "Studies", "sweep": "Sweeps"}
 MODEL = "model"
 SETTINGS = "--set"
 """What messages call the layer of settings."""

@@ -15,7 +15,7 @@ from pipelines.json_lines import append_json
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["death", "error", "checkpoint", "resume", "stage", "spike"]
+Kind = Literal["death", "error", "checkpoint", "resume", "stage", "spike", "exploit"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.home import replays_dir, runs_dir, studies_dir
+from pipelines.home import replays_dir, runs_dir, studies_dir, sweeps_dir
 
 LATEST = "latest"
 _LISTED = 10
@@ -29,7 +29,7 @@ class RunInfo:
     tracking_uri: str
     """Without a password."""
     parent: str | None = None
-    """MLflow's id of the study or the replay whose trial this run is."""
+    """MLflow's id of the study, the sweep or the replay whose trial this run is."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,11 @@ class RunFolder:
     def _info_file(self) -> Path:
         return self.path / "run.json"
 
+    @property
+    def is_run(self) -> bool:
+        """Whether MLflow knows a run of this folder."""
+        return self._info_file.exists()
+
     def write_info(self, info: RunInfo) -> None:
         """Write ``run.json``; from then on the folder is a run."""
         write_json(self._info_file, asdict(info))
@@ -195,6 +200,12 @@ def run_folders() -> Iterator[RunFolder]:
 def study_folders() -> Iterator[RunFolder]:
     """All studies, in no particular order. A study is a run that trains nothing itself: the parent of its trials."""
     for info in studies_dir().glob("*/run.json"):
+        yield RunFolder(info.parent)
+
+
+def sweep_folders() -> Iterator[RunFolder]:
+    """All sweeps, in no particular order; each is the parent of its trials, like a study."""
+    for info in sweeps_dir().glob("*/run.json"):
         yield RunFolder(info.parent)
 
 

@@ -71,7 +71,7 @@ class TrialPlace:
 
     folder: RunFolder
     parent: str
-    """MLflow's id of the run of the study or the replay."""
+    """MLflow's id of the run of the study, the sweep or the replay."""
 
 
 class Tracker:
@@ -89,6 +89,8 @@ class Tracker:
         """After the end: what to tell the user if MLflow could not be given everything."""
         self.figures: dict[str, float] = {}
         """Further figures of the run's end, finite: metrics at step 0."""
+        self.tags: dict[str, str] = {}
+        """Further tags of the run's end."""
         self._ending: tuple[Status, str | None] | None = None
         response = config.response
         lag = response.window_steps if isinstance(response, LadderResponseConfig) else 0
@@ -158,6 +160,7 @@ class Tracker:
             _log.warning("%s; what it writes from now on is not delivered", error)
         ending = ending_of(self.folder, self.config, status, reason)
         ending["metrics"] |= self.figures
+        ending["tags"] |= self.tags
         try:
             write_json(self.folder.ending, ending)
         except OSError as error:

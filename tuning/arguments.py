@@ -47,20 +47,72 @@ class StudyArguments(BaseModel):
 
     @model_validator(mode="after")
     def _one_study(self) -> Self:
-        if len(self.study) > 1:
-            raise UserError(f"one study at a time; leave out {' '.join(self.study[1:])}")
+        _refuse_several("study", self.study)
         if self.resume is not None:
-            if self.study:
-                raise UserError(
-                    f"--resume takes the study as it was begun, so no name may be given; leave out {self.study[0]}"
-                )
-            if self.print_config:
-                raise UserError("--print-config shows what a study expands to, so it does not go with --resume")
-            if self.settings:
-                raise UserError("--set: a study that goes on keeps its config; start a new one for another")
+            _refuse_beside_resume("study", self.study, self.print_config, self.settings)
         elif not self.study and self.model_fields_set - {"study"}:
             raise UserError("no study given; name one, for example: steadymoe study balance")
         return self
+
+
+class SweepArguments(BaseModel):
+    """Search a space of any config keys for what keeps training stable at the least loss, with Ray Tune.
+
+    A configuration is a point of the space; a trial is one with a seed, and a training run like any other. Everything
+    is in MLflow, under one parent run. The best configuration ends up in best.yaml, ready to be trained.
+
+    Examples:
+      steadymoe sweep
+      steadymoe sweep stability
+      steadymoe sweep lr-sensitivity --set schedule.steps=500 --budget-minutes 30
+      steadymoe sweep my_sweep.yaml --trials 40
+      steadymoe sweep --resume stability-1
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    sweep: CliPositionalArg[list[str]] = []
+    """A sweep by name, or a YAML file (ending in .yaml); without one, a list of the sweeps that there are."""
+    settings: list[str] = Field(default=[], alias="set")
+    """Set any key of all runs' configs, under what the space sets; the value is YAML; repeatable."""
+    trials: PositiveInt | None = None
+    """At most so many trials in the search; otherwise the sweep's own budget."""
+    budget_minutes: PositiveFloat | None = None
+    """No trial is begun that would not end within so many minutes; otherwise the sweep's own budget."""
+    resume: str | None = None
+    """Go on with a sweep, by its id, its name or latest: no finished trial is run again."""
+    print_config: CliToggleFlag[bool] = False
+    """Print the whole sweep, and stop."""
+
+    @property
+    def changed(self) -> dict[str, dict[str, float | int]]:
+        """Keys of the sweep that the user has given in place of its own."""
+        given = {"minutes": self.budget_minutes, "trials": self.trials}
+        budget = {key: value for key, value in given.items() if value is not None}
+        return {"budget": budget} if budget else {}
+
+    @model_validator(mode="after")
+    def _one_sweep(self) -> Self:
+        _refuse_several("sweep", self.sweep)
+        if self.resume is not None:
+            _refuse_beside_resume("sweep", self.sweep, self.print_config, self.settings)
+        elif not self.sweep and self.model_fields_set - {"sweep"}:
+            raise UserError("no sweep given; name one, for example: steadymoe sweep stability")
+        return self
+
+
+def _refuse_several(what: str, names: list[str]) -> None:
+    if len(names) > 1:
+        raise UserError(f"one {what} at a time; leave out {' '.join(names[1:])}")
+
+
+def _refuse_beside_resume(what: str, names: list[str], print_config: bool, settings: list[str]) -> None:
+    if names:
+        raise UserError(f"--resume takes the {what} as it was begun, so no name may be given; leave out {names[0]}")
+    if print_config:
+        raise UserError(f"--print-config shows what a {what} expands to, so it does not go with --resume")
+    if settings:
+        raise UserError(f"--set: a {what} that goes on keeps its config; start a new one for another")
 
 
 class ReplayArguments(BaseModel):

@@ -7,9 +7,10 @@ from pipelines.command_line import EXIT_DONE
 from pipelines.errors import UserError
 from pipelines.loading import dump_config
 from pipelines.run_folder import find_run
-from tuning.arguments import ReplayArguments, StudyArguments
+from tuning.arguments import ReplayArguments, StudyArguments, SweepArguments
 from tuning.replay_plan import make_plan
 from tuning.study_loading import load_study, study_titles
+from tuning.sweep_loading import load_sweep, sweep_titles
 
 
 def study(arguments: StudyArguments) -> int:
@@ -29,6 +30,25 @@ def study(arguments: StudyArguments) -> int:
             print(dump_config(config), end="")
             return EXIT_DONE
     from tuning.study import run
+
+    return run(arguments)
+
+
+def sweep(arguments: SweepArguments) -> int:
+    """Run a sweep; returns the exit code.
+
+    Raises:
+        UserError: the sweep does not hold, or the one to resume cannot be.
+    """
+    if arguments.resume is None:
+        if not arguments.sweep:
+            print("\n".join(f"{name:<16} {title}" for name, title in sweep_titles()))
+            return EXIT_DONE
+        plan = load_sweep(arguments.sweep[0], arguments.settings, **arguments.changed)
+        if arguments.print_config:
+            print(dump_config(plan.config), end="")
+            return EXIT_DONE
+    from tuning.sweep import run
 
     return run(arguments)
 

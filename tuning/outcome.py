@@ -109,7 +109,10 @@ def conclude(study: StudyConfig, run: StudyRun, config: RunConfig) -> Outcome:
     verdicts = judge(study, results)
     tokens = config.steps * config.data.global_batch_size * config.data.sequence_length
     effort = Effort(
-        run.minutes, config.steps, tokens, f"{cpu_name()}, {cores()} cores; {config.parallel.workers} worker(s) a trial"
+        run.progress.minutes,
+        config.steps,
+        tokens,
+        f"{cpu_name()}, {cores()} cores; {config.parallel.workers} worker(s) a trial",
     )
     figures = run.folder.figures
     outcome = Outcome(study, run.info.name, results, verdicts, effort, figures / PICTURE)

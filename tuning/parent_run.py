@@ -1,7 +1,9 @@
-"""The MLflow parent of trials, and its folder: what studies and replays have in common."""
+"""The MLflow parent of trials, and its folder: what studies, sweeps and replays have in common."""
 
+import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -10,10 +12,20 @@ from typing import Any, Self
 from pipelines.delivery import Delivery, Drainer
 from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
-from pipelines.run_folder import RunFolder, RunInfo, replay_folders, study_folders, write_json, write_whole
+from pipelines.errors import UserError
+from pipelines.run_folder import (
+    RunFolder,
+    RunInfo,
+    read_json,
+    replay_folders,
+    study_folders,
+    sweep_folders,
+    write_json,
+    write_whole,
+)
 from pipelines.run_lock import RunBusyError, RunLock
 from pipelines.tracking import FINISH_TIMEOUT_S
-from pipelines.tracking_store import TrackingStore, shown, store_errors
+from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
 
 
 class ParentRun:
@@ -78,9 +90,59 @@ def make_parent(
     return folder, lock
 
 
+def reopen_parent(store: TrackingStore, folder: RunFolder, config: str) -> RunLock:
+    """Take up a run that goes on, with ``config`` as the text of its ``config.yaml``; locked.
+
+    Raises:
+        UserError: another process works on it, or the store does not know it.
+    """
+    with store_errors(store.uri):
+        lock = RunLock(folder)
+        find_tracked_run(store, folder.info)
+        folder.write_info(replace(folder.info, tracking_uri=shown(store.uri)))
+        # In this order: a driver that vanishes in between leaves an ending that is sent again.
+        write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
+        store.client.update_run(folder.info.id, status="RUNNING")
+        write_whole(folder.config, config)
+        folder.ending.unlink(missing_ok=True)
+    return lock
+
+
+class Progress:
+    """What a parent remembers from command to command, in ``progress.json`` of its folder."""
+
+    FILE = "progress.json"
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._path = folder.path / self.FILE
+
+    @staticmethod
+    def fresh(digest: str) -> str:
+        """The file's text at the start; ``digest`` is that of everything that trials stand on."""
+        return json.dumps({"digest": digest, "minutes": 0.0})
+
+    def refuse_other(self, digest: str, what: str) -> None:
+        """UserError if the parent (``study clip-1``) was begun with another digest."""
+        if read_json(self._path).get("digest") != digest:
+            raise UserError(
+                f"{what}: the presets or the text that it stands on are not what they were when it was begun, so that "
+                "its trials could not be compared; start a new one"
+            )
+
+    @property
+    def minutes(self) -> float:
+        """How long trials have run so far, in all commands together."""
+        return float(read_json(self._path).get("minutes", 0.0))
+
+    def add_minutes(self, minutes: float) -> None:
+        """So long have trials run besides."""
+        known = read_json(self._path)
+        write_json(self._path, {**known, "minutes": self.minutes + minutes})
+
+
 def end_orphaned_parents(store: TrackingStore) -> None:
-    """End the studies and replays whose driver vanished. Their trials are runs, and `pipelines.orphans` ends those."""
-    for folder in [*study_folders(), *replay_folders()]:
+    """End the studies, sweeps and replays whose driver vanished. `pipelines.orphans` ends their trials."""
+    for folder in [*study_folders(), *sweep_folders(), *replay_folders()]:
         if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
             continue
         try:

@@ -22,6 +22,7 @@ from tuning.replay_run import ReplayRun
 from tuning.replay_verdict import Measured, measure_replay
 from tuning.trial_rank import TrialJob
 from tuning.trial_runs import TrackedTrial, TrialRuns, free_folder
+from tuning.trials import TrialSource
 
 _STATUS: dict[str, Status] = {"finished": "FINISHED", "diverged": "FAILED"}
 
@@ -45,7 +46,7 @@ def samples_of_spike(plan: Plan, shards: Shards) -> list[int]:
     return [int(sample) for step in range(plan.onset - 1, plan.event.step) for sample in batches.sample_ids(step)]
 
 
-class ReplayTrials:
+class ReplayTrials(TrialSource):
     """The `tuning.trials.TrialSource` of a replay."""
 
     def __init__(

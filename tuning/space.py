@@ -80,6 +80,23 @@ def _draw(dimension: Dimension, source: random.Random) -> Any:
             return min(max(int(drawn), low), high)
 
 
+def neighbour(space: Space, values: Values, source: random.Random, resample_probability: float) -> Values:
+    """A point near another, as population based training explores (arXiv 1711.09846, section 4.1.1): a number is
+    multiplied by 0.8 or 1.2 within its bounds, a value of a list moves by a place; or each is drawn anew."""
+    near: Values = {}
+    for key in in_order(space):
+        dimension = space[key]
+        if source.random() < resample_probability:
+            near[key] = _draw(dimension, source)
+        elif isinstance(dimension, ChoiceDimension | GridDimension):
+            place = dimension.values.index(values[key]) + source.choice((-1, 1))
+            near[key] = dimension.values[min(max(place, 0), len(dimension.values) - 1)]
+        else:
+            moved = rounded(values[key] * source.choice((0.8, 1.2)), dimension.low, dimension.high)
+            near[key] = round(moved) if isinstance(dimension, IntDimension) else moved
+    return near
+
+
 def rounded(value: float, low: float, high: float) -> float:
     """To 4 digits: more would only be longer to read and to type again."""
     return min(max(float(f"{value:.{_DIGITS}g}"), low), high)

@@ -137,7 +137,7 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
             raise
         finally:
             trials.close()
-            study_run.add_minutes((time.monotonic() - started) / 60)
+            study_run.progress.add_minutes((time.monotonic() - started) / 60)
     if trials.untold:
         _print(console, f"MLflow could not be told of {len(trials.untold)} trials: {', '.join(trials.untold)}")
     if trials.failure is not None:

@@ -1,30 +1,25 @@
 """A study's own run: the MLflow parent of its trials, and the folder that says which of them are done."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 from pipelines.ending import DESCRIPTION_TAG
-from pipelines.errors import UserError
 from pipelines.home import studies_dir
 from pipelines.loading import dump_config
 from pipelines.run_folder import (
     RunFolder,
     count_on,
     find_folder,
-    read_json,
     study_folders,
-    write_json,
-    write_whole,
 )
 from pipelines.run_lock import RunLock
-from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
-from tuning.parent_run import ParentRun, make_parent
+from pipelines.tracking_store import TrackingStore
+from tuning.parent_run import ParentRun, Progress, make_parent, reopen_parent
 from tuning.results import TrialKey
 from tuning.study_config import StudyConfig, Tree
 
 _TRIALS = "trials.jsonl"
-_PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,7 @@ class StudyRun(ParentRun):
     def __init__(self, config: StudyConfig, store: TrackingStore, folder: RunFolder, lock: RunLock) -> None:
         super().__init__(store, folder, lock, config.question)
         self.config = config
+        self.progress = Progress(folder)
 
     @classmethod
     def start(cls, config: StudyConfig, store: TrackingStore, name: str, experiment: str, digest: str) -> Self:
@@ -67,7 +63,7 @@ class StudyRun(ParentRun):
             experiment,
             tags={"role": "study", DESCRIPTION_TAG: config.question},
             params=params,
-            files={"config.yaml": dump_config(config), _PROGRESS: json.dumps({"digest": digest, "minutes": 0.0})},
+            files={"config.yaml": dump_config(config), Progress.FILE: Progress.fresh(digest)},
         )
         return cls(config, store, folder, lock)
 
@@ -78,20 +74,8 @@ class StudyRun(ParentRun):
         Raises:
             UserError: another process works on it, the store does not know it, or its trials would be others now.
         """
-        if read_json(folder.path / _PROGRESS).get("digest") != digest:
-            raise UserError(
-                f"study {folder.info.name}: the presets or the text that it stands on are not what they were when it "
-                "was begun, so that its seeds would not be paired; start a new one"
-            )
-        with store_errors(store.uri):
-            lock = RunLock(folder)
-            find_tracked_run(store, folder.info)
-            folder.write_info(replace(folder.info, tracking_uri=shown(store.uri)))
-            # In this order: a driver that vanishes in between leaves an ending that is sent again.
-            write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
-            store.client.update_run(folder.info.id, status="RUNNING")
-            write_whole(folder.config, dump_config(config))
-            folder.ending.unlink(missing_ok=True)
+        Progress(folder).refuse_other(digest, f"study {folder.info.name}")
+        lock = reopen_parent(store, folder, dump_config(config))
         return cls(config, store, folder, lock)
 
     @property
@@ -102,16 +86,6 @@ class StudyRun(ParentRun):
     def record(self, trial: TrialRecord) -> None:
         """A trial is done."""
         add_trial(self.folder, trial)
-
-    @property
-    def minutes(self) -> float:
-        """How long trials have run so far, in all commands together."""
-        return float(read_json(self.folder.path / _PROGRESS).get("minutes", 0.0))
-
-    def add_minutes(self, minutes: float) -> None:
-        """So long have trials run in this command."""
-        known = read_json(self.folder.path / _PROGRESS)
-        write_json(self.folder.path / _PROGRESS, {**known, "minutes": self.minutes + minutes})
 
 
 def add_trial(folder: RunFolder, trial: TrialRecord) -> None:

@@ -25,6 +25,7 @@ from tuning.study_loading import trial_config
 from tuning.study_run import StudyRun, TrialRecord
 from tuning.trial_rank import TrialJob
 from tuning.trial_runs import TrackedTrial, TrialRuns, free_folder
+from tuning.trials import TrialSource
 
 _STATUS: dict[str, Status] = {"finished": "FINISHED", "diverged": "FAILED"}
 
@@ -37,7 +38,7 @@ class _Running:
     started: float = 0.0
 
 
-class StudyTrials:
+class StudyTrials(TrialSource):
     """The `tuning.trials.TrialSource` of a study."""
 
     def __init__(

@@ -156,8 +156,6 @@ class SweepConfig(Config):
     budget: BudgetConfig = Field(default=BudgetConfig())
     concurrent: PositiveInt | None = None
     """Trials at a time; None is as many as the cluster holds."""
-    nested: bool = False
-    """Whether each trial is a Ray Train job of its own, with its restarts and its elasticity: 12 s more a trial."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -178,8 +176,6 @@ class SweepConfig(Config):
             raise ValueError("budget: should be trials (the population, at least 2) alone with scheduler.kind=pbt")
         if self.seeds > 1 or self.confirm is not None:
             raise ValueError("seeds and confirm: do not go with scheduler.kind=pbt, whose values change on the way")
-        if self.nested:
-            raise ValueError("nested: does not go with scheduler.kind=pbt; leave it out")
         if any(dimension.when for dimension in self.space.values()):
             raise ValueError("space: when does not go with scheduler.kind=pbt, whose values change on the way")
         return self

@@ -41,6 +41,12 @@ class SweepPlan:
     config: SweepConfig
     rungs: tuple[int, ...]
     """Optimizer steps at which trials are compared before their end, rising; none without a scheduler."""
+    steps: int
+    """Optimizer steps of a trial that is not ended early; the most that one has, if they differ."""
+    points: int | None
+    """Configurations of a grid; None with another searcher."""
+    probe: Values
+    """A point of the space: what is the same in all trials can be asked of it."""
     first_seed: int
     """The seeds of a configuration count on from it."""
     names: Mapping[str, str]
@@ -140,11 +146,20 @@ def _points(sweep: SweepConfig) -> list[Values]:
 def _plan(sweep: SweepConfig) -> SweepPlan:
     """What would fail in some trial fails before the first. UserError if anything does not hold."""
     _refuse_hidden_keys(sweep)
-    configs = [_config(sweep, values) for values in _points(sweep)]
+    points = _points(sweep)
+    configs = [_config(sweep, values) for values in points]
     _refuse_unequal_text(sweep, configs)
     _refuse_idle_searcher(sweep)
     rungs = _rungs(sweep, configs)
-    return SweepPlan(sweep, tuple(rungs), configs[0].seed, short_names(list(sweep.space)))
+    return SweepPlan(
+        config=sweep,
+        rungs=tuple(rungs),
+        steps=max(config.steps for config in configs),
+        points=len(configs) if isinstance(sweep.searcher, GridSearcherConfig) else None,
+        probe=points[0],
+        first_seed=configs[0].seed,
+        names=short_names(list(sweep.space)),
+    )
 
 
 def _refuse_unequal_text(sweep: SweepConfig, configs: Sequence[RunConfig]) -> None:

@@ -5,6 +5,7 @@ so that Tune starts, restarts and ends the gang as one. Nested Ray Train runs wo
 12 s; here the first trial of a slot pays for its processes, and the next ones begin within a tenth of a second.
 """
 
+import math
 import time
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,12 @@ from tuning.trial_rank import Progress, TrialJob, TrialRank
 
 JOB = "job"
 """Key of a trial's config under which its `TrialJob` is."""
+RUNG_LOSS = "rung_loss"
+"""Key of a result, only where a trial stands at one of its rungs: the validation loss, finite."""
+DIVERGED_LOSS = 1e3
+"""What stands for a validation loss that is not finite: more than any that is, for guessing costs the logarithm of the
+vocabulary, and schedulers take NaN for the best."""
+_CHECKPOINT = "checkpoint"
 
 # A collective that takes longer has lost a rank; a dead one is noticed at once, a hung one is not.
 _COLLECTIVE_TIMEOUT = timedelta(seconds=300)
@@ -58,14 +65,15 @@ class Peer:
 class TrainingTrial(tune.Trainable):  # type: ignore[misc]
     """Trains one trial after the other. All trials of a `Tuner` must have the same ``parallel.workers``.
 
-    Tune's own checkpoints are empty: a trial's state is in its run's folder, where a restarted trial finds it.
+    Tune's own checkpoints are but the places of those in the run's folder, where a restarted trial finds its state; a
+    trial that is given another's takes it over.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Start the ranks."""
         self._rank = TrialRank(0)
         self._peers: list[Any] = []
-        self._stride = 1
+        self._stride, self._step = 1, 0
         parallel = RunConfig.model_validate(config[JOB]["config"]).parallel
         if parallel.workers > 1:
             self._gather(parallel)
@@ -86,25 +94,35 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
         started = time.perf_counter()
         steps = self._stride
         waiting = [peer.advance.remote(steps) for peer in self._peers]
+        before = self._step
         progress = self._rank.advance(steps)
         ray.get(waiting, timeout=_PEER_TIMEOUT_S)
-        taken = time.perf_counter() - started
+        self._step = progress.step
+        # A rung may cut a stride short.
+        taken, steps = time.perf_counter() - started, max(1, min(steps, progress.step - before))
         # At most doubled: the first step of a process takes a second or two more than the others.
         self._stride = max(1, min(2 * steps, round(steps * _REPORT_EVERY_S / max(taken, 1e-6)), _MOST_STEPS))
         ending = progress.ending
-        return {
+        result: dict[str, Any] = {
             "step": progress.step,
             "outcome": ending.outcome if ending else None,
             "reason": ending.reason if ending else None,
             "done": ending is not None,
         }
+        if progress.rung_loss is not None:
+            result[RUNG_LOSS] = progress.rung_loss if math.isfinite(progress.rung_loss) else DIVERGED_LOSS
+        return result
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing: see the class."""
-        return {}
+        """Where the run's newest state is."""
+        path = self._rank.newest_checkpoint()
+        return {_CHECKPOINT: str(path) if path is not None else None}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Nothing: see the class."""
+        """Go on from there. A trial whose own state it is finds it by itself."""
+        path = (checkpoint or {}).get(_CHECKPOINT)
+        if path is not None and self._next is not None and not path.startswith(self._next["run_folder"]):
+            self._next = {**self._next, "take_over": path}
 
     def cleanup(self) -> None:
         """Free the run's locks and end the ranks."""
@@ -115,7 +133,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
             dist.destroy_process_group()
 
     def _begin(self, job: TrialJob) -> None:
-        self._stride = 1
+        self._stride, self._step = 1, 0
         waiting = [peer.begin.remote(job) for peer in self._peers]
         self._rank.begin(job)
         ray.get(waiting, timeout=_PEER_TIMEOUT_S)

@@ -8,6 +8,8 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from moe.parallel import Ranks, choose_device, join
+from pipelines.checkpoint_adoption import adopt
+from pipelines.checkpoint_manifest import checkpoint_folders
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.keeper import StartingPoint
@@ -15,6 +17,7 @@ from pipelines.loop import StepDone, Steps, train_steps
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.shards import open_shards
+from tuning.blow_up import BlowUp
 from tuning.recording import SeriesRecorder, series_file
 
 
@@ -32,6 +35,14 @@ class TrialJob(TypedDict):
     """Folder of the weights that it begins with if there is no checkpoint."""
     until_step: NotRequired[int]
     """It ends after this optimizer step, although its schedule goes on."""
+    rungs: NotRequired[list[int]]
+    """Optimizer steps at which it is compared with others: its config must validate there."""
+    end_early: NotRequired[bool]
+    """Whether it ends as diverged when its loss has risen far above the first, though it is finite."""
+    values: NotRequired[dict[str, Any]]
+    """Its point of a sweep's space, by dotted keys; its config has them already."""
+    take_over: NotRequired[str]
+    """Folder of another trial's checkpoint, in place of its own from there on: `pipelines.checkpoint_adoption`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Progress:
     """Optimizer steps done."""
     ending: Ending | None = None
     """How it ended, if it has."""
+    rung_loss: float | None = None
+    """The validation loss, nats per token, if it stands at a rung."""
 
 
 class TrialRank:
@@ -55,6 +68,8 @@ class TrialRank:
         self._schedule_steps = self._until = 0
         self._recorder: SeriesRecorder | None = None
         self._folder: RunFolder | None = None
+        self._rungs: frozenset[int] = frozenset()
+        self._watch: BlowUp | None = None
 
     def begin(self, job: TrialJob) -> None:
         """Drop what there was, and be ready for the first step of another trial. Collective."""
@@ -64,26 +79,35 @@ class TrialRank:
         self._folder = RunFolder(Path(job["run_folder"]))
         self._step, self._schedule_steps = 0, config.steps
         self._until = job.get("until_step", config.steps)
+        self._rungs = frozenset(job.get("rungs", ()))
+        self._watch = BlowUp() if job.get("end_early") else None
+        if "take_over" in job and self.rank == 0:
+            adopt(self._folder.checkpoints, Path(job["take_over"]))
         ranks, shards = self._ranks_for(config), open_shards(Path(job["shards"]))
         start = StartingPoint(Path(job["checkpoint"]), tuple(job.get("fresh", ()))) if "checkpoint" in job else None
         init_from = Path(job["init_from"]) if "init_from" in job else None
         self._steps = train_steps(config, ranks, shards, self._folder, init_from, start)
 
     def advance(self, steps: int) -> Progress:
-        """Take so many steps, or fewer to the trial's end. Collective.
+        """Take so many steps, or fewer to the next rung or the trial's end. Collective.
 
         What the user gave and training cannot use is an ending, as with `pipelines.worker`.
         """
         assert self._steps is not None, "begin comes first"
         for _ in range(steps):
             try:
-                self._take(next(self._steps))
+                done = next(self._steps)
+                self._take(done)
             except StopIteration as end:
                 return self._end(end.value)
             except UserError as error:
                 return self._end(Ending("refused", self._step, str(error)))
+            if self._watch is not None and (reason := self._watch.see(done.report.metrics["train/loss"])):
+                return self._end(Ending("diverged", self._step, reason))
             if self._step == self._until < self._schedule_steps:
                 return self._end(Ending("finished", self._step))
+            if self._step in self._rungs and done.validation is not None:
+                return Progress(self._step, rung_loss=done.validation["val/loss"])
         return Progress(self._step)
 
     def _take(self, done: StepDone) -> None:
@@ -104,6 +128,11 @@ class TrialRank:
             assert self._folder is not None
             self._recorder = SeriesRecorder(self._folder, self._schedule_steps)
         return self._recorder
+
+    def newest_checkpoint(self) -> Path | None:
+        """That of the run's folder; None without one."""
+        paths = checkpoint_folders(self._folder.checkpoints) if self._folder is not None else []
+        return paths[-1] if paths else None
 
     def close(self) -> None:
         """Leave the trial where it is: its files are closed, and its locks are free."""

@@ -46,10 +46,15 @@ class TrialRuns:
         self._tell(self._open, trial)
 
     def ended(
-        self, trial: TrackedTrial, status: Status, reason: str | None, figures: Mapping[str, float] | None = None
+        self,
+        trial: TrackedTrial,
+        status: Status,
+        reason: str | None,
+        figures: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         """It has ended. With ``figures`` of its end MLflow is told even if it could not be told of the beginning."""
-        self._tell(self._end, trial, status, reason, figures)
+        self._tell(self._end, trial, status, reason, figures, tags)
 
     def close(self) -> None:
         """Wait until MLflow knows everything."""
@@ -67,6 +72,7 @@ class TrialRuns:
                 trial.config.model_copy(update={"tracking": tracking}),
                 self._store,
                 dataset=dataset_info(self._shards),
+                resume=trial.folder if trial.folder.is_run else None,
                 trial=TrialPlace(trial.folder, self._parent),
                 tags=trial.tags,
             )
@@ -75,7 +81,12 @@ class TrialRuns:
             _log.info("MLflow was not told of trial %s yet: %s", trial.name, error)
 
     def _end(
-        self, trial: TrackedTrial, status: Status, reason: str | None, figures: Mapping[str, float] | None
+        self,
+        trial: TrackedTrial,
+        status: Status,
+        reason: str | None,
+        figures: Mapping[str, float] | None,
+        tags: Mapping[str, str] | None,
     ) -> None:
         if trial.tracker is None and figures is not None:
             self._open(trial)
@@ -83,6 +94,7 @@ class TrialRuns:
             self.untold.append(trial.name)
             return
         trial.tracker.figures = dict(figures or {})
+        trial.tracker.tags = dict(tags or {})
         trial.tracker.end_as(status, reason)
         trial.tracker.__exit__(None, None, None)
         if trial.tracker.undelivered:

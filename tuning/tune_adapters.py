@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 
-_NAME = "name"
+NAME = "name"
+"""Key of a trial's config under which the source's name of it is."""
 
 
 def trial_name(trial: "Trial") -> str:
     """The source's name of Tune's trial."""
-    return str(trial.config[_NAME])
+    return str(trial.config[NAME])
 
 
 class Search(Searcher):  # type: ignore[misc]
@@ -38,7 +39,7 @@ class Search(Searcher):  # type: ignore[misc]
             case "wait":
                 return None
             case name, job:
-                return {_NAME: name, JOB: job}
+                return {NAME: name, JOB: job}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing: `Reporter` hears of it."""
@@ -69,6 +70,12 @@ class Reporter(tune.Callback):  # type: ignore[misc]
         result = trial.last_result
         if (outcome := result.get("outcome")) is not None:
             self._source.ended(trial_name(trial), Ending(outcome, result["step"], result["reason"]))
+
+    def on_trial_result(
+        self, iteration: int, trials: list["Trial"], trial: "Trial", result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial has come so far."""
+        self._source.advanced(trial_name(trial), result["step"])
 
     def on_trial_error(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial failed more often than it may be restarted."""

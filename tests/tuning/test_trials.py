@@ -22,7 +22,7 @@ from tests.pipelines.small_run import small_config
 from tests.tuning.jobs import ABSURD, OTHER, PAIR, by_the_loop, losses_in_series, recorded, rounded, trial_job
 from tuning.recording import series_file
 from tuning.trial_rank import TrialJob
-from tuning.trials import run_trials
+from tuning.trials import TrialSource, run_trials
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def actors(title: str = "") -> dict[int, psutil.Process]:
     return found
 
 
-class Source:
+class Source(TrialSource):
     """Hands out trials in order and writes down what it is told."""
 
     def __init__(self, folder: Path, jobs: dict[str, TrialJob]) -> None:

@@ -1,0 +1,100 @@
+"""What a configuration is worth, over its seeds, and which is best. Imports no torch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tuning.space_config import Values
+from tuning.suggest import Verdict
+from tuning.sweep_config import ObjectiveConfig
+from tuning.sweep_journal import TrialOutcome, TrialState
+
+LOSS = "val_loss"
+_ORDER: tuple[TrialOutcome, ...] = ("finished", "pruned", "diverged", "failed")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A configuration and its trials, all of them over."""
+
+    number: int
+    values: Values
+    trials: tuple[TrialState, ...]
+
+    @property
+    def outcome(self) -> TrialOutcome:
+        """The worst of its trials': a configuration that diverged with one seed of three is not stable."""
+        return max((trial.ended.outcome for trial in self.trials if trial.ended), key=_ORDER.index)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of its trials, rising."""
+        return sorted(trial.begun.seed for trial in self.trials)
+
+    def mean(self, measure: str) -> float | None:
+        """Over its trials; None if one has no such measure."""
+        found = [trial.ended.measures.get(measure) for trial in self.trials if trial.ended]
+        known = [value for value in found if value is not None]
+        return fmean(known) if known and len(known) == len(found) else None
+
+    def violations(self, objective: ObjectiveConfig) -> dict[str, float]:
+        """By how much its mean exceeds each constraint; at most 0 where it does not."""
+        found = {name: self.mean(name) for name in objective.constraints}
+        return {name: value - objective.constraints[name] for name, value in found.items() if value is not None}
+
+    def is_feasible(self, objective: ObjectiveConfig) -> bool:
+        """Whether it finished with all seeds and keeps every constraint."""
+        kept = all(by <= 0 for by in self.violations(objective).values())
+        return self.outcome == "finished" and kept
+
+    def verdict(self, objective: ObjectiveConfig) -> Verdict | None:
+        """As a searcher wants to know it; None for one that failed for reasons of the machine."""
+        losses = [trial.ended.measures[LOSS] for trial in self.trials if trial.ended and LOSS in trial.ended.measures]
+        if self.outcome == "failed" or not losses:
+            return None
+        pruned = [trial.step for trial in self.trials if trial.ended and trial.ended.outcome == "pruned"]
+        further = [self.mean(name) for name in objective.further]
+        return Verdict(
+            (fmean(losses), *(value if value is not None else 0.0 for value in further)),
+            # One that diverged breaks a constraint that every sweep has; its loss is that of guessing.
+            (float(self.outcome == "diverged"), *self.violations(objective).values()),
+            max(pruned) if pruned and self.outcome == "pruned" else None,
+        )
+
+
+def configurations(trials: Iterable[TrialState]) -> list[Configuration]:
+    """The configurations whose trials are all over, by number."""
+    found: dict[int, list[TrialState]] = {}
+    for trial in trials:
+        found.setdefault(trial.begun.number, []).append(trial)
+    return [
+        Configuration(number, group[0].values, tuple(group))
+        for number, group in sorted(found.items())
+        if all(trial.ended for trial in group)
+    ]
+
+
+def ranked(found: Sequence[Configuration], objective: ObjectiveConfig) -> list[Configuration]:
+    """The best first: what finished and keeps the constraints by its loss, then what exceeds one by how much, then what
+    was pruned by how far it came, then what diverged, the earliest last."""
+
+    def key(configuration: Configuration) -> tuple[float, ...]:
+        kind = _ORDER.index(configuration.outcome)
+        loss = configuration.mean(LOSS)
+        broken = [by for by in configuration.violations(objective).values() if by > 0]
+        steps = fmean(trial.step for trial in configuration.trials)
+        far = 0.0 if configuration.outcome == "finished" else -steps
+        return (kind, sum(broken), far, loss if loss is not None else float("inf"), configuration.number)
+
+    return sorted(found, key=key)
+
+
+def confirmed(found: Sequence[Configuration], seeds: int) -> list[Configuration]:
+    """Those that were trained with at least so many seeds; all where none was."""
+    final = [configuration for configuration in found if len(configuration.trials) >= seeds]
+    return final or list(found)
+
+
+def figures(measures: Mapping[str, float], step: int) -> dict[str, float]:
+    """Metrics of a trial's end, as the views of sweeps show them."""
+    return {**{f"sweep/{name}": value for name, value in measures.items()}, "sweep/steps": float(step)}

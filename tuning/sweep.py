@@ -1,0 +1,232 @@
+"""``steadymoe sweep``: a search space, as trials on Ray Tune under one MLflow parent."""
+
+import hashlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from pipelines.command_line import EXIT_DONE, EXIT_INTERRUPTED, run_command
+from pipelines.config import RunConfig, TrackingConfig
+from pipelines.errors import UserError
+from pipelines.home import refuse_unwritable_home
+from pipelines.interrupts import Interrupts
+from pipelines.job import run_in_job
+from pipelines.loading import dump_config
+from pipelines.orphans import end_orphans
+from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_at_a_time, uses_gpu, worker_environment
+from pipelines.run_folder import RunFolder
+from pipelines.shards import Shards
+from pipelines.summary import print_links
+from pipelines.terminal import print_line
+from pipelines.text import fit_to_text, prepare_shown
+from pipelines.tracking_store import TrackingStore, open_store_in_background, tracking_uri
+from pipelines.views import STUDIES
+from tuning import commands
+from tuning.arguments import SweepArguments
+from tuning.parent_run import end_orphaned_parents
+from tuning.sweep_config import AshaSchedulerConfig, PbtSchedulerConfig, SweepConfig
+from tuning.sweep_loading import SweepPlan, load_sweep, trial_config
+from tuning.sweep_outcome import SweepOutcome, conclude_sweep
+from tuning.sweep_progress import SweepProgress
+from tuning.sweep_queue import SweepQueue
+from tuning.sweep_run import SweepRun, find_sweep
+from tuning.sweep_trials import SweepTrials
+from tuning.trials import run_trials
+
+if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
+
+
+def run(arguments: SweepArguments) -> int:
+    """One sweep, new or resumed; returns the exit code.
+
+    Raises:
+        UserError: the sweep, its text, the tracking store or the cluster do not allow it.
+        RuntimeError: trials fail whatever their values.
+    """
+    console = Console()
+    resumed = find_sweep(arguments.resume) if arguments.resume is not None else None
+    plan = load_sweep(str(resumed.config) if resumed else arguments.sweep[0], arguments.settings, **arguments.changed)
+    refuse_unwritable_home()
+    config = trial_config(plan, plan.probe, plan.first_seed)
+    refuse_impossible_cluster(config)
+    shards = prepare_shown(config.data, console)
+    config = fit_to_text(config, shards)
+    opening = open_store_in_background(tracking_uri(config.tracking, resumed.info if resumed else None))
+    print_line(console, f"{plan.config.title}: {' '.join(plan.config.question.split())}")
+    print_line(console, "starting Ray ...")
+    with ExitStack() as stack:
+        stack.enter_context(ray_session(config, worker_environment(config)))
+        slots = _slots(plan.config, config)
+        interrupts = stack.enter_context(Interrupts())
+        print_line(console, _in_words(plan, config, slots))
+        store = opening.result()
+        end_orphaned_parents(store)
+        end_orphans(store)
+        sweep_run = _open(arguments, plan, config, store, resumed)
+        with sweep_run:
+            stopped = _run(_Setting(plan, sweep_run, shards, config, store, slots), interrupts, console)
+            outcome = conclude_sweep(plan, sweep_run)
+            if stopped:
+                sweep_run.status = "KILLED"
+    return _tell(sweep_run, outcome, stopped, console)
+
+
+def _slots(sweep: SweepConfig, config: RunConfig) -> int:
+    """Trials at a time. UserError if the cluster cannot hold what is asked for. Needs a session."""
+    fit, parallel = runs_at_a_time(config), config.parallel
+    if sweep.concurrent is not None and sweep.concurrent > fit:
+        needed = sweep.concurrent * parallel.workers * parallel.threads
+        raise UserError(
+            f"concurrent: {sweep.concurrent} trials x parallel.workers ({parallel.workers}) x parallel.threads "
+            f"({parallel.threads}) are {needed} CPUs, and the cluster holds {fit} such trials at a time; leave it out"
+        )
+    return sweep.concurrent or fit
+
+
+def _open(
+    arguments: SweepArguments, plan: SweepPlan, config: RunConfig, store: TrackingStore, resumed: RunFolder | None
+) -> SweepRun:
+    content = dump_config(config.model_copy(update={"tracking": TrackingConfig()}))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    if resumed is not None:
+        return SweepRun.reopen(plan.config, store, resumed, digest)
+    return SweepRun.start(plan.config, store, Path(arguments.sweep[0]).stem, config.tracking.experiment, digest)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a sweep runs with."""
+
+    plan: SweepPlan
+    run: SweepRun
+    shards: Shards
+    config: RunConfig
+    store: TrackingStore
+    slots: int
+
+
+def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
+    """Run trials as long as the budget goes; whether the user stopped it."""
+    plan, sweep_run, config = setting.plan, setting.run, setting.config
+    stop, asked = threading.Event(), False
+    per_step = config.data.global_batch_size * config.data.sequence_length
+    queue = SweepQueue(plan, sweep_run.journal, setting.slots, per_step, 60 * sweep_run.progress.minutes)
+    steps: dict[str, int] = {}
+    with SweepProgress(plan, sweep_run.journal, queue, steps, console) as progress:
+        trials = SweepTrials(
+            plan, sweep_run, queue, setting.shards, setting.store, stop, setting.slots, steps, progress.trial_ended
+        )
+
+        def ask() -> bool:
+            nonlocal asked
+            asked = True
+            stop.set()
+            progress.say("Stopping; trials that are not finished go on with --resume. A second time ends it at once.")
+            return True
+
+        def work() -> None:
+            population = plan.config.budget.trials if isinstance(plan.config.scheduler, PbtSchedulerConfig) else None
+            run_trials(
+                trials,
+                config.parallel,
+                uses_gpu(config),
+                setting.slots,
+                sweep_run.folder.path,
+                stop,
+                _scheduler(plan, sweep_run, trials),
+                at_once=population or 1,
+            )
+
+        started = time.monotonic()
+        try:
+            interrupts.wait(work, ask)
+        except KeyboardInterrupt:
+            import ray
+
+            # The trials with it: nothing must be written any more when their runs are ended.
+            ray.shutdown()
+            raise
+        finally:
+            trials.close()
+            sweep_run.progress.add_minutes((time.monotonic() - started) / 60)
+    if trials.untold:
+        print_line(console, f"MLflow could not be told of {len(trials.untold)} trials: {', '.join(trials.untold)}")
+    if trials.failure is not None:
+        raise trials.failure
+    if queue.exhausted is not None:
+        print_line(console, f"The search is over: {queue.exhausted}.")
+    return asked
+
+
+def _scheduler(plan: SweepPlan, run: SweepRun, trials: SweepTrials) -> "Callable[[], TrialScheduler] | None":
+    """Makes the scheduler, once Ray is there."""
+    scheduler = plan.config.scheduler
+    if isinstance(scheduler, AshaSchedulerConfig):
+
+        def asha() -> "TrialScheduler":
+            from tuning.tune_schedulers import Asha
+
+            return Asha(scheduler, plan.rungs, list(run.journal.rungs), trials.at_rung)
+
+        return asha
+    if isinstance(scheduler, PbtSchedulerConfig):
+
+        def pbt() -> "TrialScheduler":
+            from tuning.tune_schedulers import Pbt
+
+            exploited = sum(len(trial.exploits) for trial in run.journal.trials.values())
+            return Pbt(scheduler, plan.config.space, trials.exploit, exploited)
+
+        return pbt
+    return None
+
+
+def _in_words(plan: SweepPlan, config: RunConfig, slots: int) -> str:
+    sweep, budget = plan.config, plan.config.budget
+    count = f"{plan.points} configurations" if plan.points is not None else "configurations without end"
+    limits = [
+        f"{budget.trials} trials" if budget.trials else "",
+        f"{budget.tokens:,} tokens" if budget.tokens else "",
+        f"{budget.minutes:g} minutes" if budget.minutes else "",
+    ]
+    limit = ", ".join(filter(None, limits))
+    rungs = f", compared at steps {', '.join(map(str, plan.rungs))}" if plan.rungs else ""
+    return (
+        f"{count} of {', '.join(sweep.space)}; {sweep.seeds} seed(s) each, {plan.steps:,} steps and "
+        f"{config.tokens / 1e6:.1f} M tokens a trial{rungs}; {slots} at a time with {config.parallel.workers} worker(s)"
+        + (f"; at most {limit}" if limit else "")
+    )
+
+
+def _tell(sweep_run: SweepRun, outcome: SweepOutcome, stopped: bool, console: Console) -> int:
+    console.print()
+    console.print(outcome.table())
+    if outcome.best is not None:
+        print_line(console, f"The best: {outcome.plan.label(outcome.best.values)}. To train it:")
+        print_line(console, f"  steadymoe train {outcome.best_file}")
+    else:
+        print_line(console, "No configuration finished within the constraints, so there is no best one.")
+    print_links(sweep_run.folder, STUDIES, console)
+    if sweep_run.undelivered:
+        print_line(console, sweep_run.undelivered)
+    if stopped:
+        print_line(console, f"The sweep ended early. To go on: steadymoe sweep --resume {sweep_run.info.name}")
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command without the rest of the command line."""
+    return run_command(SweepArguments, commands.sweep, argv, "python -m tuning.sweep")
+
+
+if __name__ == "__main__":
+    sys.exit(run_in_job(main))

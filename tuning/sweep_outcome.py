@@ -1,0 +1,153 @@
+"""What has come of a sweep: the order of its configurations, the best one as a file, a report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import stdev
+
+from rich.table import Table
+
+from pipelines.loading import dump_config
+from pipelines.run_folder import write_json, write_whole
+from tuning.objective import LOSS, Configuration, configurations, confirmed, ranked
+from tuning.sweep_loading import SweepPlan, plain_config
+from tuning.sweep_run import SweepRun
+
+BEST = "best.yaml"
+_ROWS = 10
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """The configurations whose trials are over, the best first."""
+
+    plan: SweepPlan
+    name: str
+    order: Sequence[Configuration]
+    best: Configuration | None
+    """None if none finished within the constraints."""
+    best_file: Path
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(title=f"{self.name}: {len(self.order)} configurations", title_justify="left")
+        for column in self._columns():
+            table.add_column(column, justify="left" if column in ("configuration", "outcome") else "right")
+        for row in self._rows()[:_ROWS]:
+            table.add_row(*row)
+        if len(self.order) > _ROWS:
+            table.caption = f"and {len(self.order) - _ROWS} more in report.md"
+        return table
+
+    def report(self) -> str:
+        """In Markdown."""
+        config = self.plan.config
+        lines = [f"# {config.title}", "", " ".join(config.question.split()), ""]
+        lines += ["| " + " | ".join(self._columns()) + " |", "|" + " --- |" * len(self._columns())]
+        lines += ["| " + " | ".join(row) + " |" for row in self._rows()]
+        return "\n".join(lines) + "\n"
+
+    def _columns(self) -> list[str]:
+        return ["configuration", "outcome", "seeds", "val loss", *self.plan.config.objective.constraints, "steps"]
+
+    def _rows(self) -> list[list[str]]:
+        objective = self.plan.config.objective
+        rows = []
+        for one in self.order:
+            measures = [one.mean(name) for name in objective.constraints]
+            rows.append(
+                [
+                    self.plan.label(one.values),
+                    one.outcome if one.outcome != "finished" or one.is_feasible(objective) else "over a constraint",
+                    str(len(one.trials)),
+                    _loss_words(one),
+                    *("-" if value is None else f"{value:.4g}" for value in measures),
+                    f"{max(trial.step for trial in one.trials):,}",
+                ]
+            )
+        return rows
+
+
+def _loss_words(one: Configuration) -> str:
+    losses = [trial.ended.measures[LOSS] for trial in one.trials if trial.ended and LOSS in trial.ended.measures]
+    if not losses:
+        return "-"
+    mean = sum(losses) / len(losses)
+    return f"{mean:.4f} ± {stdev(losses):.4f}" if len(losses) > 1 else f"{mean:.4f}"
+
+
+def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
+    """Rank what there is, and leave report and best config where the run's end brings them to MLflow."""
+    config, trials = plan.config, run.journal.trials.values()
+    order = ranked(configurations(trials), config.objective)
+    candidates = confirmed(order, config.confirm.seeds) if config.confirm is not None else order
+    best = next((one for one in candidates if one.is_feasible(config.objective)), None)
+    outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST)
+    write_whole(run.folder.figures / "report.md", outcome.report())
+    write_json(run.folder.figures / "results.json", _as_table(plan, order))
+    if best is not None:
+        text = _evidence(outcome, best) + dump_config(plain_config(config, best.values))
+        write_whole(outcome.best_file, text)
+        write_whole(run.folder.figures / BEST, text)
+    outcomes = [trial.ended.outcome for trial in trials if trial.ended]
+    run.description = _description(outcome)
+    run.figures = {
+        "sweep/trials": float(len(outcomes)),
+        "sweep/pruned": float(outcomes.count("pruned")),
+        "sweep/diverged": float(outcomes.count("diverged")),
+        "sweep/steps": float(sum(trial.ended.step for trial in trials if trial.ended)),
+    }
+    if best is not None and (loss := best.mean(LOSS)) is not None:
+        run.figures["sweep/best_val_loss"] = loss
+    return outcome
+
+
+def _evidence(outcome: SweepOutcome, best: Configuration) -> str:
+    """What the file rests on, as comments: a user will meet it without the sweep."""
+    plan, objective = outcome.plan, outcome.plan.config.objective
+    rivals = [one for one in outcome.order if one is not best and one.outcome == "finished"]
+    counts = {kind: sum(one.outcome == kind for one in outcome.order) for kind in ("finished", "pruned", "diverged")}
+    lines = [
+        f"The best configuration of sweep {outcome.name}: {plan.config.title}.",
+        f"{plan.label(best.values)}",
+        f"Validation loss {_loss_words(best)} nats per token after {plan.steps:,} steps, "
+        f"seeds {', '.join(map(str, best.seeds))}.",
+        f"Of {len(outcome.order)} configurations {counts['finished']} finished, {counts['pruned']} were pruned and "
+        f"{counts['diverged']} diverged.",
+    ]
+    if objective.constraints:
+        kept = [
+            f"{name} {best.mean(name) or 0.0:.4g} (at most {most:g})" for name, most in objective.constraints.items()
+        ]
+        lines.append(f"Constraints: {', '.join(kept)}.")
+    if rivals:
+        lines.append(f"Next: {plan.label(rivals[0].values)}, {_loss_words(rivals[0])}, {len(rivals[0].seeds)} seed(s).")
+    if any(trial.exploits for trial in best.trials):
+        lines.append("Its values changed on the way (population based training), and these are the last ones:")
+        lines += [
+            f"  step {exploit.step}: {plan.label(exploit.values)}, from the state of {exploit.donor}"
+            for trial in best.trials
+            for exploit in trial.exploits
+        ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _as_table(plan: SweepPlan, order: Sequence[Configuration]) -> dict[str, object]:
+    """As the MLflow UI reads a table: columns and rows."""
+    ended = [trial.ended for one in order for trial in one.trials if trial.ended]
+    measures = sorted({name for trial in ended for name in trial.measures})
+    rows = [
+        [trial.begun.name, plan.label(one.values), trial.begun.seed, trial.ended.outcome, trial.ended.step]
+        + [trial.ended.measures.get(name) for name in measures]
+        for one in order
+        for trial in one.trials
+        if trial.ended
+    ]
+    return {"columns": ["trial", "configuration", "seed", "outcome", "steps", *measures], "data": rows}
+
+
+def _description(outcome: SweepOutcome) -> str:
+    """First a plain sentence: lists show no more."""
+    plan, best = outcome.plan, outcome.best
+    found = f"best {_loss_words(best)} at {plan.label(best.values)}" if best else "none finished within the constraints"
+    return f"{plan.config.title}, {len(outcome.order)} configurations: {found}.\n\n{plan.config.question}"

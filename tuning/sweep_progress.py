@@ -1,0 +1,102 @@
+"""What the user sees while a sweep runs: a line per trial; in a terminal also what runs, the best, what is left."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.progress import clock
+from tuning.objective import LOSS, Configuration, configurations, ranked
+from tuning.sweep_journal import Ended, SweepJournal
+from tuning.sweep_loading import SweepPlan
+from tuning.sweep_queue import SweepQueue
+
+_SHOWN = 3
+_PER_SECOND = 2
+
+
+class SweepProgress:
+    """As a context manager it puts the terminal back at the end."""
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        journal: SweepJournal,
+        queue: SweepQueue,
+        steps: Mapping[str, int],
+        console: Console,
+    ) -> None:
+        """``steps`` says how far the trials are that run, by name, whenever it is looked at."""
+        self._plan, self._journal, self._queue, self._console = plan, journal, queue, console
+        self._steps = steps
+        self._live = Live(
+            console=console,
+            get_renderable=self._render,
+            refresh_per_second=_PER_SECOND,
+            transient=True,
+            auto_refresh=console.is_terminal,
+        )
+
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def trial_ended(self, label: str, ended: Ended) -> None:
+        """A trial is over."""
+        done = sum(trial.ended is not None for trial in self._journal.trials.values())
+        left = self._queue.left
+        count = f"{done}/{done + len(self._steps) + left}" if left is not None else f"{done}"
+        loss = f"{ended.measures[LOSS]:.4f}" if LOSS in ended.measures else "-"
+        what = {"finished": "", "pruned": f"pruned at {ended.step}", "diverged": "DIVERGED", "failed": "FAILED"}
+        self.say(
+            f"[{count}] {label:<40} val {loss}  {what[ended.outcome]:<14} {ended.seconds:.0f} s  {self._best_words()}"
+        )
+
+    def _best_words(self) -> str:
+        best = self._best()
+        return f"best {self._loss(best[0])} at {self._plan.label(best[0].values)}" if best else "none finished yet"
+
+    def _best(self) -> list[Configuration]:
+        found = [one for one in configurations(self._journal.trials.values()) if one.outcome == "finished"]
+        return ranked(found, self._plan.config.objective)[:_SHOWN]
+
+    @staticmethod
+    def _loss(one: Configuration) -> str:
+        loss = one.mean(LOSS)
+        return f"{loss:.4f}" if loss is not None else "-"
+
+    def _render(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for name, step in sorted(dict(self._steps).items()):
+            trial = self._journal.trials.get(name)
+            if trial is not None:
+                table.add_row("runs", name, f"step {step:,} of {self._plan.steps:,}", self._plan.label(trial.values))
+        for place, one in enumerate(self._best(), start=1):
+            table.add_row(
+                f"{place}.", f"val {self._loss(one)}", f"{len(one.trials)} seed(s)", self._plan.label(one.values)
+            )
+        return Group(table, Text(self._budget_words()))
+
+    def _budget_words(self) -> str:
+        left, seconds = self._queue.left, self._queue.seconds_left
+        parts = [f"{clock(self._queue.seconds)} so far"]
+        if left is not None:
+            parts.append(f"{left} trials to begin")
+        if seconds is not None:
+            parts.append(f"about {clock(seconds)} left")
+        return ", ".join(parts)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()

@@ -1,0 +1,234 @@
+"""The trials of a sweep while they run: what Tune is given, what MLflow is told, what the journal remembers."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pipelines.config import RunConfig
+from pipelines.description import Status
+from pipelines.errors import UserError
+from pipelines.home import runs_dir
+from pipelines.notes import Note, add_note
+from pipelines.outcome import Ending
+from pipelines.run_folder import RunFolder
+from pipelines.shards import Shards
+from pipelines.text import fit_to_text
+from pipelines.tracking_store import TrackingStore
+from pipelines.views import run_colour
+from tuning.objective import LOSS, figures
+from tuning.outcome import measure_trial
+from tuning.space_config import Values
+from tuning.sweep_journal import Begun, Ended, Exploit, Rung, SweepJournal, TrialOutcome
+from tuning.sweep_loading import SweepPlan, trial_config
+from tuning.sweep_queue import SweepQueue
+from tuning.sweep_run import SweepRun
+from tuning.trial_rank import TrialJob
+from tuning.trial_runs import TrackedTrial, TrialRuns
+from tuning.trials import TrialSource
+
+_STATUS: dict[TrialOutcome, Status] = {
+    "finished": "FINISHED",
+    "pruned": "KILLED",
+    "diverged": "FAILED",
+    "failed": "FAILED",
+}
+# So many that fail before any has ended well are no accident.
+_FAILURES = 3
+
+
+class SweepTrials(TrialSource):
+    """The `tuning.trials.TrialSource` of a sweep."""
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        run: SweepRun,
+        queue: SweepQueue,
+        shards: Shards,
+        store: TrackingStore,
+        stop: threading.Event,
+        concurrent: int,
+        steps: dict[str, int],
+        on_end: Callable[[str, Ended], None],
+    ) -> None:
+        """
+        Args:
+            plan: the sweep.
+            run: the parent of its trials.
+            queue: which trial comes next.
+            shards: the text of all trials.
+            store: where trials are recorded.
+            stop: set when the sweep must end early.
+            concurrent: trials at a time, at most.
+            steps: kept up to date for whoever shows it: how far the trials are that run, by name.
+            on_end: called with each trial that is over.
+        """
+        self._plan, self._run, self._queue, self._shards = plan, run, queue, shards
+        self._stop, self._concurrent, self._on_end = stop, concurrent, on_end
+        self._journal: SweepJournal = run.journal
+        self._unfinished = [trial.begun for trial in self._journal.trials.values() if trial.ended is None]
+        self._tracked: dict[str, TrackedTrial] = {}
+        self._started: dict[str, float] = {}
+        self._steps = steps
+        self._runs = TrialRuns(store, shards, run.info.id)
+        self.failure: Exception | None = None
+        """Why the sweep cannot go on: a UserError if the config is the reason."""
+
+    @property
+    def untold(self) -> list[str]:
+        """Trials that MLflow could not be told of."""
+        return self._runs.untold
+
+    def next(self) -> tuple[str, TrialJob] | Literal["wait", "end"]:
+        """The next trial."""
+        while self._unfinished:
+            begun = self._unfinished.pop(0)
+            if self._was_stopped(begun.name):
+                # Killed between the scheduler's word and the trial's end.
+                self._track(begun)
+                self._over(begun.name, "pruned", None)
+            else:
+                return begun.name, self._job(begun)
+        if len(self._tracked) >= self._concurrent:
+            return "wait"
+        match self._queue.next():
+            case "wait" | "end" as word:
+                return word
+            case wanted:
+                name = f"{self._run.info.name}-{wanted.number:02d}"
+                name = name if self._only_seed(wanted.seed) else f"{name}-s{wanted.seed}"
+                folder = runs_dir() / f"{self._run.info.id}-{name.removeprefix(self._run.info.name + '-')}"
+                begun = Begun(name, wanted.number, wanted.seed, wanted.values, wanted.phase, str(folder))
+                self._journal.add(begun)
+                return begun.name, self._job(begun)
+
+    def _only_seed(self, seed: int) -> bool:
+        return self._plan.config.seeds == 1 and seed == self._plan.first_seed
+
+    def _was_stopped(self, name: str) -> bool:
+        rungs = self._journal.trials[name].rungs
+        return bool(rungs) and not rungs[-1].goes_on
+
+    def started(self, name: str) -> None:
+        """A trial has its actors, for the first time or again."""
+        if name not in self._started:
+            self._started[name] = time.monotonic()
+            self._runs.started(self._tracked[name])
+
+    def advanced(self, name: str, step: int) -> None:
+        """A trial has done so many steps."""
+        if name in self._tracked:
+            self._steps[name] = step
+
+    def at_rung(self, rung: Rung) -> None:
+        """The scheduler has said whether a trial goes on."""
+        if rung.name not in self._tracked:
+            return
+        self._journal.add(rung)
+        if not rung.goes_on:
+            self._over(rung.name, "pruned", f"not among the best at the rung of step {rung.step}")
+
+    def exploit(self, exploit: Exploit) -> TrialJob:
+        """A trial goes on from another's state; what it is from then on."""
+        self._journal.add(exploit)
+        begun = self._journal.trials[exploit.name].begun
+        values = self._plan.label(exploit.values)
+        text = f"step {exploit.step}: goes on from the state of {exploit.donor} with {values}"
+        add_note(RunFolder(Path(begun.folder)).notes, Note("exploit", text))
+        return self._job_of(begun, exploit.values)
+
+    def ended(self, name: str, ending: Ending) -> None:
+        """A trial has come to its own end."""
+        if name not in self._tracked:
+            return  # it was pruned at its last step
+        match ending.outcome:
+            case "finished" | "diverged" as outcome:
+                self._steps[name] = ending.step
+                self._over(name, outcome, ending.reason)
+            case _:
+                self._fail(name, UserError(f"trial {name}: {ending.reason}"))
+
+    def failed(self, name: str, reason: str) -> None:
+        """A trial's actors failed for good: the others go on."""
+        if name in self._tracked:
+            self._fail(name, RuntimeError(f"trial {name} failed: {reason}"))
+
+    def close(self) -> None:
+        """Tell MLflow of the trials that were left where they were, and wait until it knows everything."""
+        for name, tracked in self._tracked.items():
+            if name in self._started:
+                self._runs.ended(tracked, "KILLED", "the sweep was interrupted")
+        self._runs.close()
+
+    def _fail(self, name: str, failure: Exception) -> None:
+        self._over(name, "failed", str(failure))
+        outcomes = [trial.ended.outcome for trial in self._journal.trials.values() if trial.ended]
+        if len(outcomes) >= _FAILURES and set(outcomes) == {"failed"}:
+            self.failure = failure
+            self._stop.set()
+
+    def _over(self, name: str, outcome: TrialOutcome, reason: str | None) -> None:
+        """A trial is done with."""
+        tracked, known = self._tracked.pop(name), self._journal.trials[name]
+        step = known.rungs[-1].step if outcome == "pruned" else self._steps.get(name, known.step)
+        self._steps.pop(name, None)
+        if outcome == "pruned":
+            measures = {LOSS: known.rungs[-1].loss, "diverged": 0.0}
+        elif outcome == "failed":
+            measures = {}
+        else:
+            measures = _measures(tracked.folder, tracked.config)
+            if measures["diverged"] and outcome == "finished":
+                outcome, reason = "diverged", "it ended above the loss before training"
+        seconds = time.monotonic() - self._started.get(name, time.monotonic())
+        ended = Ended(name, outcome, step, round(seconds, 2), measures, reason)
+        self._journal.add(ended)
+        tags = {"outcome": outcome, **({"diverged": "true"} if outcome == "diverged" else {})}
+        self._runs.ended(tracked, _STATUS[outcome], reason, figures(measures, step), tags)
+        self._on_end(self._plan.label(known.values), ended)
+
+    def _job(self, begun: Begun) -> TrialJob:
+        self._track(begun)
+        values = self._journal.trials[begun.name].values
+        return self._job_of(begun, values)
+
+    def _job_of(self, begun: Begun, values: Values) -> TrialJob:
+        config = self._config(begun, values)
+        job = TrialJob(
+            config=config.model_dump(mode="json"),
+            run_folder=begun.folder,
+            shards=str(self._shards.folder),
+            end_early=True,
+            values=values,
+        )
+        if begun.phase == "search":
+            job["rungs"] = list(self._plan.rungs)
+        return job
+
+    def _config(self, begun: Begun, values: Values) -> RunConfig:
+        return fit_to_text(trial_config(self._plan, values, begun.seed), self._shards)
+
+    def _track(self, begun: Begun) -> None:
+        folder = RunFolder(Path(begun.folder))
+        self._tracked[begun.name] = TrackedTrial(
+            begun.name, self._config(begun, begun.values), folder, self._tags(begun)
+        )
+
+    def _tags(self, begun: Begun) -> dict[str, str]:
+        return {
+            "role": "sweep",
+            "sweep": self._run.info.name,
+            "configuration": self._plan.label(begun.values),
+            "mlflow.runColor": run_colour(begun.number),
+        }
+
+
+def _measures(folder: RunFolder, config: RunConfig) -> dict[str, float]:
+    try:
+        return measure_trial(folder, config)
+    except ValueError:
+        # Its first loss was not finite: it counts as a run that guesses, the worst that a loss can say.
+        return {LOSS: math.log(config.model.vocab_size or 1), "diverged": 1.0}
