@@ -120,9 +120,19 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
     per_step = config.data.global_batch_size * config.data.sequence_length
     queue = SweepQueue(plan, sweep_run.journal, setting.slots, per_step, 60 * sweep_run.progress.minutes)
     steps: dict[str, int] = {}
+    # A population takes turns in the slots: its trials must all be there to be compared.
+    population = plan.config.budget.trials if isinstance(plan.config.scheduler, PbtSchedulerConfig) else None
     with SweepProgress(plan, sweep_run.journal, queue, steps, console) as progress:
         trials = SweepTrials(
-            plan, sweep_run, queue, setting.shards, setting.store, stop, setting.slots, steps, progress.trial_ended
+            plan,
+            sweep_run,
+            queue,
+            setting.shards,
+            setting.store,
+            stop,
+            population or setting.slots,
+            steps,
+            progress.trial_ended,
         )
 
         def ask() -> bool:
@@ -133,7 +143,6 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
             return True
 
         def work() -> None:
-            population = plan.config.budget.trials if isinstance(plan.config.scheduler, PbtSchedulerConfig) else None
             run_trials(
                 trials,
                 config.parallel,

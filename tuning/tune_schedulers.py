@@ -109,6 +109,11 @@ class Pbt(PopulationBasedTraining):  # type: ignore[misc]
         )
         self._config, self._space, self._on_exploit, self._exploits = config, space, on_exploit, exploited
 
+    def on_trial_add(self, tune_controller: "TuneController", trial: "Trial") -> None:
+        """A trial of the population. Tune refuses searchers here, which would see values change; the sweep's does not
+        look at them."""
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
     def _get_new_config(self, trial: "Trial", trial_to_clone: "Trial") -> tuple[dict[str, Any], dict[str, Any]]:
         """Values near the donor's, within the space (Tune's own would leave it), for a trial that stays who it is."""
         source = random.Random(f"exploit {self._config.seed} {self._exploits}")
