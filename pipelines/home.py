@@ -48,3 +48,8 @@ def studies_dir() -> Path:
 def replays_dir() -> Path:
     """One folder per replay of a spike, named by its MLflow run id."""
     return home() / "replays"
+
+
+def comparisons_dir() -> Path:
+    """One folder per comparison of runs, named by its MLflow run id."""
+    return home() / "comparisons"

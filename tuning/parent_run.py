@@ -10,7 +10,15 @@ from typing import Any, Self
 from pipelines.delivery import Delivery, Drainer
 from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
-from pipelines.run_folder import RunFolder, RunInfo, replay_folders, study_folders, write_json, write_whole
+from pipelines.run_folder import (
+    RunFolder,
+    RunInfo,
+    comparison_folders,
+    replay_folders,
+    study_folders,
+    write_json,
+    write_whole,
+)
 from pipelines.run_lock import RunBusyError, RunLock
 from pipelines.tracking import FINISH_TIMEOUT_S
 from pipelines.tracking_store import TrackingStore, shown, store_errors
@@ -79,8 +87,11 @@ def make_parent(
 
 
 def end_orphaned_parents(store: TrackingStore) -> None:
-    """End the studies and replays whose driver vanished. Their trials are runs, and `pipelines.orphans` ends those."""
-    for folder in [*study_folders(), *replay_folders()]:
+    """End the studies, replays and comparisons whose driver vanished.
+
+    Their trials are runs, and `pipelines.orphans` ends those.
+    """
+    for folder in [*study_folders(), *replay_folders(), *comparison_folders()]:
         if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
             continue
         try:
