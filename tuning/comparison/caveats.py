@@ -25,6 +25,7 @@ def caveats(comparison: Comparison) -> list[str]:
         _seeds,
         _repeated_seeds,
         _diverged,
+        _not_validated,
         _between_validations,
         _machines,
         _many,
@@ -118,8 +119,14 @@ def _diverged(comparison: Comparison) -> str | None:
     )
 
 
+def _not_validated(comparison: Comparison) -> str | None:
+    missing = [run for run in comparison.finished if comparison.loss(run) is None]
+    return f"Not validated by then, and so in no mean: {_names(missing)}." if missing else None
+
+
 def _between_validations(comparison: Comparison) -> str | None:
-    between = [run for run in comparison.finished if not run.measured_at("val/loss", comparison.tokens)]
+    measured = [run for run in comparison.finished if comparison.loss(run) is not None]
+    between = [run for run in measured if not run.measured_at("val/loss", comparison.tokens)]
     if not between:
         return None
     return f"Not validated just there, so taken along a line between two validations: {_names(between)}."

@@ -133,7 +133,9 @@ class Comparison:
         reference = self.reference
         if reference is None or not configuration.losses:
             lost = configuration.diverged
-            words = f"{lost} of {len(configuration.runs)} diverged" if lost else "not trained to the end"
+            finished = any(run.state == "finished" for run in configuration.runs)
+            otherwise = "not validated by then" if finished else "not trained to the end"
+            words = f"{lost} of {len(configuration.runs)} diverged" if lost else otherwise
             return Difference("no loss", words)
         if configuration is reference:
             return Difference("reference", "the reference")

@@ -16,12 +16,15 @@ from tuning.statistics import Interval
 
 MOST_FINDINGS = 3
 
+# Of the loss: where an effect may be larger than that, one cannot say that there is none.
+_TIGHT = 0.05
+
 _VERDICTS: Mapping[Verdict, str] = {
     "better": "better beyond noise",
     "within noise": "within noise",
     "worse": "worse beyond noise",
     "cannot tell": "not to be told (too few seeds in common)",
-    "no loss": "without a run that finished",
+    "no loss": "without a loss",
 }
 
 
@@ -150,9 +153,10 @@ def _without_effect(
         if key not in told and not any(effect.is_seen for found in by_measure.values() for effect in found.get(key, ()))
     ]
     bounds = {key: max(_bound(effect.difference) for effect in losses[key]) for key in idle}
-    if not bounds or min(bounds.values()) == float("inf"):
+    apart = [key for key in idle if not any(_confounded(comparison, effect) for effect in losses[key])]
+    key = min(apart, key=lambda key: bounds[key], default=None)
+    if key is None or bounds[key] > _TIGHT * fmean(effect.left for effect in losses[key]):
         return None
-    key = min(bounds, key=lambda key: bounds[key])
     values = sorted({run.settings[key] for run in comparison.finished if key in run.settings}, key=_order)
     widest = max(losses[key], key=lambda effect: _bound(effect.difference))
     listed = ", ".join(shown(value) for value in values[:5]) + (" …" if len(values) > 5 else "")
@@ -160,6 +164,11 @@ def _without_effect(
         f"{key} ({listed}) makes no difference to the validation loss that {_basis(widest)} can tell; "
         f"it is at most {bounds[key]:.4f}."
     )
+
+
+def _confounded(comparison: Comparison, effect: Effect) -> bool:
+    """Whether another key changes with this one in all runs: what the two do may cancel out."""
+    return not effect.blocks and bool(same_runs(comparison, effect.split.left, effect.runs))
 
 
 def _order(value: object) -> tuple[bool, float, str]:

@@ -96,7 +96,8 @@ def _draw_points(figure: "Figure", comparison: Comparison, measure: Stability, c
     named = _named(comparison, measure)
     for each in comparison.configurations:
         stability = measure.of(each)
-        if stability is None and not each.diverged:
+        # One that was only cut short has no place.
+        if not each.diverged and (each.loss is None or stability is None):
             continue
         place = each.loss.mean if each.loss is not None else top
         symbol = DIVERGED_MARK if each.loss is None else "circle-x" if each.diverged else "circle"
