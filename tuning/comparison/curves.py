@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipelines import spike_words
-from tuning.comparison.comparing import Comparison
+from tuning.comparison.comparing import Comparison, Configuration
 from tuning.comparison.runs import ComparedRun, smoothed, thinned
 from tuning.comparison.style import LOST, about, colour_by_run, dress, padded
 
@@ -19,6 +19,7 @@ SMOOTHING = 0.03
 _POINTS = 400
 _LAYER_METRIC = "moe_max_vio/layer_"
 _COLUMNS = 160
+_LEGEND_LENGTH = 48
 
 
 def loss_figure(comparison: Comparison) -> "Figure":
@@ -30,7 +31,7 @@ def loss_figure(comparison: Comparison) -> "Figure":
     colours, top = colour_by_run(comparison), _top(comparison)
     for each in comparison.configurations:
         for number, run in enumerate(each.runs):
-            _draw_run(figure, comparison, run, colours[run.info.id], each.name if number == 0 else None)
+            _draw_run(figure, comparison, run, colours[run.info.id], _legend_name(each) if number == 0 else None)
     for run in comparison.runs:
         _mark_spikes(figure, comparison, run, top)
     figure.update_yaxes(title_text="nats per token")
@@ -54,6 +55,11 @@ def _first_validations(comparison: Comparison, most: float) -> float:
     """The greatest of the finished runs' first validation losses, at most that before training."""
     firsts = [values[0] for run in comparison.finished if (values := run.curve("val/loss")[1])]
     return min(max(firsts, default=most), most)
+
+
+def _legend_name(each: Configuration) -> str:
+    """The whole of it is told by the mouse: it would take the room of the curves."""
+    return each.name if len(each.name) <= _LEGEND_LENGTH else f"{each.name[: _LEGEND_LENGTH - 1]}…"
 
 
 def _draw_run(figure: "Figure", comparison: Comparison, run: ComparedRun, colour: str, name: str | None) -> None:

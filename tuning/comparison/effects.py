@@ -15,6 +15,9 @@ from tuning.comparison.keys import is_numeric, shown
 from tuning.comparison.runs import ComparedRun
 from tuning.statistics import CONFIDENCE, Interval, interval, welch_interval
 
+# Of a numeric key: more of them say hardly more, and all intervals are wider for it.
+_MOST_SPLITS = 8
+
 Measure = Callable[[ComparedRun], float | None]
 Measured = tuple[ComparedRun, float]
 
@@ -82,15 +85,21 @@ class Effect:
 
 
 def splits(comparison: Comparison, key: str) -> list[Split]:
-    """The splits of a key: numbers at every place between two, others each value against the rest."""
+    """The splits of a key: numbers at up to 8 places between two, others each value against the rest."""
     settings = [run.settings for run in comparison.runs]
     values = list(dict.fromkeys(each[key] for each in settings if key in each))
     if is_numeric(key, settings):
         ordered = sorted(values, key=lambda value: float(value or 0))
-        return [_threshold(key, ordered, place) for place in range(1, len(ordered))]
+        return [_threshold(key, ordered, place) for place in _places(len(ordered))]
     # Of two values the one says what the other does.
     chosen = values[:1] if len(values) == 2 else values if len(values) > 2 else []
     return [_one_against_others(key, value, values) for value in chosen]
+
+
+def _places(values: int) -> list[int]:
+    """Between which of so many values, rising, there is a split: a search at random has one for each run."""
+    number = min(values - 1, _MOST_SPLITS)
+    return [round(values * place / (number + 1)) for place in range(1, number + 1)]
 
 
 def _threshold(key: str, ordered: Sequence[Scalar], place: int) -> Split:

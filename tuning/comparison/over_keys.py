@@ -63,7 +63,8 @@ def sensitivity_figure(comparison: Comparison, key: str) -> "Figure":
         for place, line in enumerate(losing):
             colour = colours(len(lines))[lines.index(line)] if joined else None
             _draw_diverged(figure, comparison, line, colour, high + band * (place + 0.5) / len(losing))
-        _count_diverged(figure, [point for line in lines for point in line.points], high + band, log)
+        if len(values) <= _MOST_LINES:
+            _count_diverged(figure, [point for line in lines for point in line.points], high + band, log)
     return figure
 
 
@@ -170,9 +171,7 @@ def _count_diverged(figure: "Figure", points: Sequence[_Point], top: float, log:
     for point in points:
         by_value.setdefault(point.value, []).append(point)
     lost = {value: sum(point.diverged for point in each) for value, each in by_value.items()}
-    named = [value for value in sorted(lost) if lost[value]]
-    # Where values stand close, the heights of the crosses have to do.
-    for value in named if len(named) <= _MOST_LINES else []:
+    for value in (value for value in sorted(lost) if lost[value]):
         runs = sum(len(point.configuration.runs) for point in by_value[value])
         figure.add_annotation(
             x=math.log10(value) if log else value,
@@ -202,6 +201,8 @@ def _number_axis(figure: "Figure", key: str, values: Sequence[float], log: bool)
     figure.update_xaxes(title_text=key, type="log" if log else "linear", range=padded(*ends, 0.06))
     if len(values) <= _MOST_LINES:
         figure.update_xaxes(tickmode="array", tickvals=values, ticktext=[shown(value) for value in values])
+    elif log:
+        figure.update_xaxes(dtick="D2", exponentformat="e")
 
 
 @dataclass(frozen=True)
@@ -319,9 +320,11 @@ def _outcome_axis(
             return _TOP if run.state == "diverged" else _NONE
         return (value - low) / (high - low) if high > low else 0.5
 
-    ticks = {0.0: format(low, form), 0.5: format((low + high) / 2, form), 1.0: format(high, form)}
-    if high == low:
-        ticks = {0.5: format(low, form)}
+    middle = (low + high) / 2
+    ticks = {0.0: format(low, form), 1.0: format(high, form)} if high > low else {}
+    # No half a spike.
+    if not form.endswith("0f") or middle.is_integer():
+        ticks[0.5] = format(middle, form)
     places = {place(run) for run in comparison.runs}
     return _Axis(title, place, ticks | {at: word for at, word in ((_TOP, "diverged"), (_NONE, "–")) if at in places})
 

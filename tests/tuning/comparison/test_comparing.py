@@ -105,6 +105,14 @@ def test_diverged_runs_are_finite_and_last() -> None:
     assert found.last_loss == UNTRAINED
 
 
+def test_a_run_that_did_all_its_steps_and_diverged_is_in_no_mean() -> None:
+    found = compared(Made("a", seed=0, loss=3.0), Made("b", seed=1, loss=6.0))
+    (only,) = found.configurations
+    assert only.losses == {0: pytest.approx(3.0)}
+    assert [found.loss(run) for run in only.runs] == [pytest.approx(3.0), None]
+    assert [found.max_vio(run) for run in only.runs] == [pytest.approx(0.5), None]
+
+
 def test_losses_are_compared_after_as_many_tokens_as_all_finished_runs_have_validated_after() -> None:
     long = Made("long", ("schedule.steps=40",), loss=2.0)
     found = compared(Made("short", loss=3.0), long, Made("cut", ("optimizer.lr=1e-2",), done=6))

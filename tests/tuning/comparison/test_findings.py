@@ -135,6 +135,26 @@ def test_divergences_that_may_be_chance_are_called_so() -> None:
     )
 
 
+def test_a_random_search_shows_what_diverges_and_has_few_splits() -> None:
+    """40 rates of the learning rate, no two alike; the seven highest of those without a clip diverge."""
+    made = [
+        Made(
+            f"m{n}",
+            (f"optimizer.lr={(n + 1) * 1e-3:.3g}", f"stability.clip.kind={'none' if n % 2 else 'zclip'}"),
+            lost_at=7 if n % 2 and n > 26 else None,
+        )
+        for n in range(40)
+    ]
+    found = compared(*made)
+    bounds = [min(split.right.values) for split in splits(found, "optimizer.lr")]  # type: ignore[type-var]
+    assert bounds == [0.005, 0.01, 0.014, 0.019, 0.023, 0.028, 0.032, 0.037]
+    pattern = pattern_of_divergences(found)
+    assert pattern is not None
+    assert pattern.kind == "optimizer.lr of 0.028 and above with stability.clip.kind none"
+    assert (pattern.diverged, pattern.runs, pattern.diverged_elsewhere, pattern.runs_elsewhere) == (7, 7, 0, 33)
+    assert pattern.is_seen
+
+
 @pytest.mark.parametrize(("inside", "drawn", "marked", "runs"), [(3, 3, 3, 12), (2, 5, 4, 11), (4, 6, 6, 9)])
 def test_the_chance_of_divergences_is_that_of_fishers_test(inside: int, drawn: int, marked: int, runs: int) -> None:
     table = [[inside, drawn - inside], [marked - inside, runs - drawn - marked + inside]]
