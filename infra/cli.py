@@ -17,7 +17,7 @@ from pipelines.command_line import EXIT_DONE, run_command
 from pipelines.errors import UserError
 from pipelines.spike_arguments import RunsArguments, SpikesArguments
 from tuning import commands as tuning_commands
-from tuning.arguments import ReplayArguments, StudyArguments, SweepArguments
+from tuning.arguments import CompareArguments, ReplayArguments, StudyArguments, SweepArguments
 
 PROGRAM = "steadymoe"
 
@@ -45,6 +45,8 @@ class Steadymoe(BaseModel):
     """The runs with their stability figures."""
     spikes: CliSubCommand[SpikesArguments]
     """What went wrong in a run, and what was done about it."""
+    compare: CliSubCommand[CompareArguments]
+    """Runs side by side: a report with pictures, and how sure it is."""
     replay: CliSubCommand[ReplayArguments]
     """A spike again under treatments: which avoid it, and at what cost."""
     deliver: CliSubCommand[DeliverArguments]
@@ -68,6 +70,7 @@ _COMMANDS: Mapping[type[Any], Callable[[Any], int]] = {
     SweepArguments: tuning_commands.sweep,
     RunsArguments: commands.runs,
     SpikesArguments: commands.spikes,
+    CompareArguments: tuning_commands.compare,
     ReplayArguments: tuning_commands.replay,
     DeliverArguments: commands.deliver,
     ExportArguments: commands.export,

@@ -34,7 +34,7 @@ _METAVARS = {
     "--init-from": "DIR",
     "--to": "DIR",
     "--step": "N",
-    "--out": "DIR",
+    "--out": "PATH",
     "--field": "NAME",
     "--separator": "TEXT",
     "--tokenizer": "FILE",

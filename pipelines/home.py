@@ -53,3 +53,8 @@ def replays_dir() -> Path:
 def sweeps_dir() -> Path:
     """One folder per sweep, named by its MLflow run id."""
     return home() / "sweeps"
+
+
+def comparisons_dir() -> Path:
+    """One folder per comparison of runs, named by its MLflow run id."""
+    return home() / "comparisons"

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 INK, GRID = "#22303c", "#e3e7eb"
 BLUE, ORANGE, GREEN, VIOLET = "#2f6fb0", "#e07b39", "#3a9d6e", "#7b5ea7"
+COLORS = (BLUE, ORANGE, GREEN, VIOLET, "#c43d4b", "#1fa3b5", "#8a6d3b", "#d36ba6", "#5b6770", "#a8a013")
+"""Ten that are easy to tell apart."""
 WIDTH, DPI = 10.0, 160
 """Inches and dots per inch: pictures of 1600 pixels."""
 
@@ -36,3 +38,10 @@ def number_log_axis(axis: "Axis", between: Sequence[float] = (2, 5)) -> None:
         axis_format(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_tick_params(which="minor", colors=INK, labelsize=8.5, length=0)
     axis.set_minor_locator(LogLocator(subs=between) if between else NullLocator())
+
+
+def short_number(value: float, digits: int = 6) -> str:
+    """The shorter of 0.03 and 3e-4, with at most so many significant digits."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    scientific = f"{float(mantissa):g}e{int(exponent)}"
+    return min(f"{value:.{digits}g}", scientific, key=len)

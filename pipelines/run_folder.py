@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.home import replays_dir, runs_dir, studies_dir, sweeps_dir
+from pipelines.home import comparisons_dir, replays_dir, runs_dir, studies_dir, sweeps_dir
 
 LATEST = "latest"
 _LISTED = 10
@@ -52,6 +52,11 @@ class RunFolder:
     def environment(self) -> Path:
         """Machine, versions and code that the run was made with, as JSON."""
         return self.path / "environment.json"
+
+    @property
+    def dataset(self) -> Path:
+        """Name and digest of the text that the run reads, as JSON."""
+        return self.path / "dataset.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -212,6 +217,12 @@ def sweep_folders() -> Iterator[RunFolder]:
 def replay_folders() -> Iterator[RunFolder]:
     """All replays of spikes, in no particular order; each is the parent of its trials, like a study."""
     for info in replays_dir().glob("*/run.json"):
+        yield RunFolder(info.parent)
+
+
+def comparison_folders() -> Iterator[RunFolder]:
+    """All comparisons of runs, in no particular order; each is a run that trains nothing itself."""
+    for info in comparisons_dir().glob("*/run.json"):
         yield RunFolder(info.parent)
 
 

@@ -238,6 +238,7 @@ def _record_start(config: RunConfig, store: TrackingStore, folder: RunFolder, da
     client, run_id = store.client, folder.info.id
     made_with = environment()
     write_json(folder.environment, made_with)
+    write_json(folder.dataset, {"name": dataset.name, "digest": dataset.digest})
     for file in (folder.config, folder.environment):
         client.log_artifact(run_id, str(file))
     log_params(store, client.get_run(run_id), flatten(config))

@@ -177,6 +177,11 @@ def run_link(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{_address(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
+def artifact_link(uri: str, experiment_id: str, run_id: str, path: str) -> str:
+    """Where the UI shows a file of a run."""
+    return f"{_address(uri)}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{path}?workflowType=machine_learning"
+
+
 def server_command(uri: str) -> str | None:
     """The command that shows a database in the UI, from any folder and any shell; None for a server."""
     if not is_database(uri):

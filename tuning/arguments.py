@@ -115,6 +115,32 @@ def _refuse_beside_resume(what: str, names: list[str], print_config: bool, setti
         raise UserError(f"--set: a {what} that goes on keeps its config; start a new one for another")
 
 
+class CompareArguments(BaseModel):
+    """Compare runs: which settings tell them apart, what those did, and which differences are beyond the seeds' noise.
+
+    Runs that differ in nothing but their seeds are one configuration. The report is a page with pictures that opens
+    without a network, kept under STEADYMOE_HOME and in MLflow: losses with their spikes, the final loss over each key,
+    parallel coordinates, importance of the keys, MaxVio by layer, loss against stability, and what is not comparable.
+
+    Examples:
+      steadymoe compare tiny-1 tiny-2
+      steadymoe compare base-s0 base-s1 clip-s0 clip-s1 --out clip.html
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    runs: CliPositionalArg[list[str]]
+    """The runs, at least two, each by its id, its name or latest."""
+    out: str | None = None
+    """Write the page into this file, too."""
+
+    @model_validator(mode="after")
+    def _two_runs(self) -> Self:
+        if len(self.runs) < 2:
+            raise UserError(f"a comparison takes at least two runs, not {self.runs[0]} alone")
+        return self
+
+
 class ReplayArguments(BaseModel):
     """Run a spike again, from a checkpoint before it, under treatments side by side: which avoid it, at what cost?
 

@@ -7,7 +7,7 @@ from pipelines.command_line import EXIT_DONE
 from pipelines.errors import UserError
 from pipelines.loading import dump_config
 from pipelines.run_folder import find_run
-from tuning.arguments import ReplayArguments, StudyArguments, SweepArguments
+from tuning.arguments import CompareArguments, ReplayArguments, StudyArguments, SweepArguments
 from tuning.replay_plan import make_plan
 from tuning.study_loading import load_study, study_titles
 from tuning.sweep_loading import load_sweep, sweep_titles
@@ -20,7 +20,7 @@ def study(arguments: StudyArguments) -> int:
         UserError: the study does not hold, or the one to resume cannot be, or the findings cannot be written.
     """
     if arguments.findings is not None:
-        _refuse_unwritable(Path(arguments.findings))
+        _refuse_unwritable("--findings", Path(arguments.findings), "a Markdown file")
     if arguments.resume is None:
         if not arguments.study:
             print("\n".join(f"{name:<14} {title}" for name, title in study_titles()))
@@ -53,6 +53,20 @@ def sweep(arguments: SweepArguments) -> int:
     return run(arguments)
 
 
+def compare(arguments: CompareArguments) -> int:
+    """Compare runs; returns the exit code.
+
+    Raises:
+        UserError: there is no such run, one cannot be compared, or the page cannot be written.
+    """
+    if arguments.out is not None:
+        _refuse_unwritable("--out", Path(arguments.out), "an HTML file")
+    folders = [find_run(run) for run in arguments.runs]
+    from tuning.compare import run
+
+    return run(folders, Path(arguments.out) if arguments.out is not None else None)
+
+
 def replay(arguments: ReplayArguments) -> int:
     """Run a spike again under treatments; returns the exit code.
 
@@ -66,10 +80,10 @@ def replay(arguments: ReplayArguments) -> int:
     return run(plan)
 
 
-def _refuse_unwritable(findings: Path) -> None:
-    """Before the study rather than after it."""
-    if findings.is_dir():
-        raise UserError(f"--findings {findings}: is a folder; name a Markdown file in it")
-    folder = next(above for above in findings.absolute().parents if above.exists())
+def _refuse_unwritable(option: str, file: Path, kind: str) -> None:
+    """Before the work rather than after it."""
+    if file.is_dir():
+        raise UserError(f"{option} {file}: is a folder; name {kind} in it")
+    folder = next(above for above in file.absolute().parents if above.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--findings {findings}: cannot be written, for {folder} is no folder that can be written to")
+        raise UserError(f"{option} {file}: cannot be written, for {folder} is no folder that can be written to")

@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.run_folder import (
     RunFolder,
     RunInfo,
+    comparison_folders,
     read_json,
     replay_folders,
     study_folders,
@@ -141,8 +142,11 @@ class Progress:
 
 
 def end_orphaned_parents(store: TrackingStore) -> None:
-    """End the studies, sweeps and replays whose driver vanished. `pipelines.orphans` ends their trials."""
-    for folder in [*study_folders(), *sweep_folders(), *replay_folders()]:
+    """End the studies, sweeps, replays and comparisons whose driver vanished.
+
+    Their trials are runs, and `pipelines.orphans` ends those.
+    """
+    for folder in [*study_folders(), *sweep_folders(), *replay_folders(), *comparison_folders()]:
         if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
             continue
         try:

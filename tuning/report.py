@@ -143,7 +143,7 @@ def _verdict_table(verdicts: Sequence[ClaimVerdict]) -> str:
             told = [f"{condition.verdict}: {condition.sentence}" for condition in verdict.conditions]
         lines = [f"{verdict.claim.name}: {verdict.claim.says}", *told, verdict.reason]
         rows.append(["<br>".join(line for line in lines if line), f"**{verdict.verdict}**"])
-    return _table(["claim, and what was seen", "verdict"], rows)
+    return markdown_table(["claim, and what was seen", "verdict"], rows)
 
 
 def _arm_tables(config: StudyConfig, results: Results) -> list[str]:
@@ -170,7 +170,7 @@ def _arm_table(
         headings.append(heading)
         for row, cell in zip(rows, _column(results, measure, list(config.arms), points), strict=True):
             row.append(cell)
-    return _table(headings, rows)
+    return markdown_table(headings, rows)
 
 
 def _column(results: Results, measure: str, arms: Sequence[str], points: Sequence[float | None]) -> list[str]:
@@ -205,7 +205,8 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; line ends and bars in its cells are taken care of."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 

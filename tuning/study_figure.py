@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.plotting import BLUE, DPI, GREEN, INK, ORANGE, VIOLET, frame, number_log_axis, say_empty
+from pipelines.plotting import COLORS, DPI, INK, frame, number_log_axis, say_empty, short_number
 from tuning.results import Results
 from tuning.statistics import Interval, interval
 from tuning.study_config import Grid, StudyConfig
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = (BLUE, ORANGE, GREEN, VIOLET, "#c43d4b", "#1fa3b5", "#8a6d3b", "#d36ba6", "#5b6770", "#a8a013")
 # One fewer than the colours: 90 arms look different before a pair of the two comes back.
 _MARKERS = "os^Dv<>Pp"
 # Margin around what is drawn, as a share of its spread.
@@ -80,7 +79,7 @@ def study_figure(config: StudyConfig, results: Results, verdicts: Sequence[Claim
 
 def _look(index: int) -> tuple[str, str]:
     """Colour and marker of an arm."""
-    return _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+    return COLORS[index % len(COLORS)], _MARKERS[index % len(_MARKERS)]
 
 
 def _seeds(results: Results, measure: str, arm: str, point: float | None) -> _Seeds:
@@ -141,7 +140,7 @@ def _draw_over_grid(axes: "Axes", grid: Grid, arms: Sequence[dict[float, _Seeds]
     axes.set_xscale("log")
     axes.minorticks_off()
     ticks = _spread(grid.values)
-    axes.set_xticks(ticks, [_short(value) for value in ticks])
+    axes.set_xticks(ticks, [short_number(value) for value in ticks])
     axes.set_xlabel(grid.key, color=INK, fontsize=8.5, parse_math=False)
     drawn = [seeds for arm in arms for seeds in arm.values()]
     if not drawn:
@@ -234,10 +233,3 @@ def _spread(values: Sequence[float]) -> list[float]:
         if math.log(value / kept[-1]) >= _TICK_WIDTH * span:
             kept.append(value)
     return kept
-
-
-def _short(value: float) -> str:
-    """0.03 and 3e-4."""
-    mantissa, exponent = f"{value:.6e}".split("e")
-    scientific = f"{float(mantissa):g}e{int(exponent)}"
-    return min(f"{value:g}", scientific, key=len)

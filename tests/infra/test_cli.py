@@ -49,6 +49,8 @@ def loaded_by(argv: list[str]) -> tuple[int, set[str]]:
         (["study", "--help"], 0),
         (["study", "balance", "--print-config"], 0),
         (["study", "balance", "--set", "seed=1"], 2),
+        (["compare", "--help"], 0),
+        (["compare", "nosuch", "other"], 2),
         (["replay", "--help"], 0),
         (["replay", "nosuch", "1"], 2),
         (["replay", "nosuch", "1", "--with", "prayer"], 2),
@@ -91,7 +93,7 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
         ([], "error: no command given (see steadymoe --help)"),
         (
             ["trian"],
-            "error: argument {prepare,train,study,runs,spikes,replay,deliver,export,up,status,down,submit}: "
+            "error: argument {prepare,train,study,runs,spikes,compare,replay,deliver,export,up,status,down,submit}: "
             "invalid choice: 'trian'",
         ),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),

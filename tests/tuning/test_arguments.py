@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.command_line import parse
 from pipelines.errors import UserError
-from tuning.arguments import ReplayArguments, StudyArguments
+from tuning.arguments import CompareArguments, ReplayArguments, StudyArguments
 
 
 def study(*argv: str) -> StudyArguments:
@@ -70,3 +70,11 @@ def test_a_replay_is_of_one_event(argv: list[str], line: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(ReplayArguments, argv, "replay")
     assert str(caught.value).startswith(line)
+
+
+def test_a_comparison_is_of_two_runs_at_least() -> None:
+    assert parse(CompareArguments, ["a", "--out", "x.html", "b"], "compare").runs == ["a", "b"]
+    with pytest.raises(UserError, match="a comparison takes at least two runs, not a alone"):
+        parse(CompareArguments, ["a"], "compare")
+    with pytest.raises(UserError, match="the following arguments are required"):
+        parse(CompareArguments, [], "compare")

@@ -3,8 +3,9 @@ import statistics
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
-from tuning.statistics import Interval, interval
+from tuning.statistics import Interval, interval, welch_interval
 
 # Two-sided 95 % points of Student's t, from a printed table, by degrees of freedom.
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 29: 2.045}
@@ -41,3 +42,26 @@ def test_values_that_are_all_the_same_are_a_point(value: float, n: int) -> None:
 def test_what_has_no_mean_is_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite"):
         interval(values)
+
+
+def test_a_difference_of_unequal_spreads_is_welchs() -> None:
+    left, right = [1.0, 2.0, 4.0, 3.5], [5.0, 9.0, 7.5]
+    found = welch_interval(left, right, 0.9)
+    expected = ttest_ind(right, left, equal_var=False).confidence_interval(0.9)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.mean == pytest.approx(21.5 / 3 - 10.5 / 4)
+    assert found.n == 7
+
+
+def test_a_difference_from_a_single_value_is_open() -> None:
+    assert welch_interval([1.0], [2.0, 3.0]) == Interval(1.5, -math.inf, math.inf, 3)
+    assert welch_interval([1.0, 1.0], [2.0, 2.0]) == Interval(1.0, 1.0, 1.0, 4)
+    with pytest.raises(ValueError, match="both sides"):
+        welch_interval([], [1.0])
+
+
+def test_a_wider_confidence_is_a_wider_interval() -> None:
+    # Student's t of 2 degrees of freedom at 99 %: 9.925, from a printed table.
+    values = [1.0, 2.0, 4.0]
+    found = interval(values, 0.99)
+    assert found.high - found.mean == pytest.approx(9.925 * statistics.stdev(values) / math.sqrt(3), rel=1e-3)
