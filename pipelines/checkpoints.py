@@ -74,8 +74,8 @@ def save(folder: Path, state: TrainingState, *, step: int, metadata: Mapping[str
     """Write ``folder/step-00000100`` (for step 100) and return its path. Collective.
 
     Each rank writes the rows that it holds; what several hold is written once, spread over them by size. A checkpoint
-    of the same step is replaced; a pinned one is kept under another name. ``metadata`` must be equal on every rank, like
-    the scalars. ``timeline`` counts how often the run went back to an older checkpoint.
+    of the same step is replaced; a pinned one is kept under another name. ``metadata`` must be equal on every rank,
+    like the scalars. ``timeline`` counts how often the run went back to an older checkpoint.
 
     Raises, on every rank:
         CheckpointError: a file cannot be written. Nothing is left of the new checkpoint; older ones are as they were.
