@@ -63,7 +63,9 @@ def die(rank: int, world: int, folder: Path) -> None:
 def test_a_worker_is_killed_at_its_step_and_only_once(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 died without a word|gloo"):
         run_distributed(die, 2, tmp_path)
-    assert read_json(RunFolder(tmp_path).faults) == {"happened": [{"number": 0, "kind": "killed_worker", "step": AT}]}
+    assert read_json(RunFolder(tmp_path).faults) == {
+        "happened": [{"number": 0, "kind": "killed_worker", "step": AT, "rewinds": 0}]
+    }
     assert run_distributed(die, 2, tmp_path) == [None, None]
 
 
