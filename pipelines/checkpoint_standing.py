@@ -73,6 +73,31 @@ def pin(path: Path, event: str) -> None:
         _write(path, known.model_copy(update={"pinned_by": (*known.pinned_by, event)}))
 
 
+def take_place(staging: Path, path: Path) -> Path | None:
+    """Give the new checkpoint in ``staging`` its name, ``path``; what is to be deleted of the one that had it, if any.
+
+    A pinned one is kept beside it, as ``step-00000040-t0`` for its timeline 0: an event needs its state, and that of a
+    step that is repeated after going back may be another. A damaged one leaves its pins to the new one.
+    """
+    if not path.exists():
+        staging.rename(path)
+        return None
+    replaced = path.with_name(f".{path.name}.replaced")
+    if pins := standing(path).pinned_by:
+        try:
+            replaced = path.with_name(f"{path.name}-t{verify(path).timeline}")
+        except CheckpointError:
+            _write(staging, Standing(pinned_by=pins))
+    path.rename(replaced)
+    staging.rename(path)
+    return replaced if replaced.name.startswith(".") else None
+
+
+def kept_for(folder: Path, event: str) -> list[Path]:
+    """The checkpoints that are pinned for an event and whose place another of the same step has taken, newest last."""
+    return sorted(path for path in folder.glob("step-*-t*") if event in standing(path).pinned_by)
+
+
 def newer_than(folder: Path, path: Path | None) -> list[Path]:
     """The checkpoints newer than ``path``, all of them without one, whatever they are worth."""
     paths = checkpoint_folders(folder)
@@ -119,8 +144,8 @@ def prune(folder: Path, keep: int) -> list[Path]:
     """Delete what is not needed any more and return it. For one rank only.
 
     Kept are the newest ``keep`` resumable checkpoints and what is newer than the oldest of them, the newest good one,
-    and pinned ones. Damaged and suspect ones do not count, so that they never push out the last that can be resumed
-    from; discarded ones go at once.
+    and pinned ones, which never go (`take_place`). Damaged and suspect ones do not count, so that they never push out
+    the last that can be resumed from; discarded ones go at once.
     """
     standings = {path: standing(path) for path in reversed(checkpoint_folders(folder))}
     whole = [path for path, known in standings.items() if known.resumable and _has_its_files(path)]

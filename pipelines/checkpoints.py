@@ -39,7 +39,7 @@ from pipelines.checkpoint_manifest import (
     verify,
     write_manifest,
 )
-from pipelines.checkpoint_standing import newest_valid, prune
+from pipelines.checkpoint_standing import newest_valid, prune, take_place
 from pipelines.errors import UserError
 from pipelines.rehearsal import refuse_if_full
 
@@ -74,8 +74,8 @@ def save(folder: Path, state: TrainingState, *, step: int, metadata: Mapping[str
     """Write ``folder/step-00000100`` (for step 100) and return its path. Collective.
 
     Each rank writes the rows that it holds; what several hold is written once, spread over them by size. A checkpoint
-    of the same step is replaced. ``metadata`` must be equal on every rank, like the scalars. ``timeline`` counts how
-    often the run went back to an older checkpoint.
+    of the same step is replaced; a pinned one is kept under another name. ``metadata`` must be equal on every rank,
+    like the scalars. ``timeline`` counts how often the run went back to an older checkpoint.
 
     Raises, on every rank:
         CheckpointError: a file cannot be written. Nothing is left of the new checkpoint; older ones are as they were.
@@ -281,12 +281,10 @@ def _commit(staging: Path, path: Path, manifest: Manifest) -> None:
         return
     write_manifest(staging, manifest)
     _sync(staging)
-    replaced = path.with_name(f".{path.name}.replaced")
-    if path.exists():
-        path.rename(replaced)
-    staging.rename(path)
+    replaced = take_place(staging, path)
     _sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)  # what is left of it, the next save clears
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)  # what is left of it, the next save clears
 
 
 def _check_fit(path: Path, saved: Mapping[str, TensorRecord], given: Mapping[str, torch.Tensor]) -> None:

@@ -36,6 +36,9 @@ BATCH_METRICS = 1000
 
 # The UI refreshes every 30 s at the soonest; a batch costs some 20 ms of a core that workers may want.
 INTERVAL_S = 2.0
+# How long a server may be gone before it is noticed, whatever waits to be delivered. To ask costs it and this process
+# some milliseconds, and training nothing.
+_PROBE_S = 1.0
 # Pauses while a server is down grow to 16 times the interval.
 _MOST_DOUBLINGS = 4
 # While the user waits for the end, a server that comes back is noticed soon.
@@ -223,7 +226,7 @@ class Drainer:
             # Asked before sending: what was written before `finish` was called is then sent for certain.
             finishing = self._finishing.is_set()
             try:
-                refuse_if_cut_off(self._folder)
+                self._ask()
                 self._delivery.send(everything=finishing)
                 failures, self._error = 0, None
                 if self._outage.is_over():
@@ -231,14 +234,27 @@ class Drainer:
                 if finishing:
                     self._done = True
                     return
+                self._watch(self._interval_s)
             except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
                 self._error = error
                 self._outage.goes_on(error)
                 failures = min(failures + 1, _MOST_DOUBLINGS)
-            if finishing:
-                time.sleep(_LAST_PAUSE_S)
-            else:
-                self._finishing.wait(self._interval_s * 2**failures)
+                if finishing:
+                    time.sleep(_LAST_PAUSE_S)
+                else:
+                    self._finishing.wait(self._interval_s * 2**failures)
+
+    def _watch(self, seconds: float) -> None:
+        """Wait for so long, or until the run is over. Raises what `_ask` does."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > _PROBE_S and not self._finishing.wait(_PROBE_S):
+            self._ask()
+        self._finishing.wait(max(0.0, left))
+
+    def _ask(self) -> None:
+        """Raises what a delivery would if the store is gone: none is made while all steps wait for a rewind."""
+        refuse_if_cut_off(self._folder)
+        self._client.get_experiment(self._folder.info.experiment_id)
 
 
 def deliver(folder: RunFolder, timeout_s: float = 600.0) -> str | None:

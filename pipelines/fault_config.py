@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(gt=0, le=1)]
 Content = Literal["repeated_ngram", "shuffled_tokens"]
 
+OPERATIONS = frozenset({"killed_worker", "stalled_worker", "dead_tracking_server", "full_disk", "corrupt_checkpoint"})
+"""Kinds of faults that no figure of training depends on."""
+
 _BITS = {"low_mantissa": 0, "exponent": 30, "sign": 31}
 
 
@@ -53,7 +56,8 @@ class CorruptedBatchesConfig(_BadText):
 
 
 class _AtStep(Config):
-    """Base of what happens once in a run: not again when the step is repeated, whether after a rewind or a restart."""
+    """Base of what happens once in a run: not again when the step is repeated after a rewind. When workers that were
+    started again repeat it, what has to do with training is part of what they repeat, and operations are not."""
 
     step: PositiveInt
     """The optimizer step that is hit, counted from 1."""

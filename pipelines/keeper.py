@@ -24,6 +24,7 @@ from pipelines.first_rank import from_first_rank
 from pipelines.notes import Note, add_note
 from pipelines.operations import UNSAVED, record_operation, settle
 from pipelines.run_folder import RunFolder
+from pipelines.spike_event import Action
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,15 @@ class CheckpointKeeper:
             )
         except CheckpointError as error:
             if required:
-                raise CheckpointError(
+                text = (
                     f"the checkpoint of step {step} could not be written ({error}); the last one is of step "
                     f"{self.saved_at}, and `steadymoe train --resume` goes on from there"
-                ) from error
+                )
+                self._record_failure("abort", text)
+                raise CheckpointError(text) from error
             text = f"the checkpoint of step {step} could not be written, training goes on: {error}"
             self._note(text)
-            if self._leads:
-                record_operation(self._folder, "checkpoint_failed", "go_on", text)
+            self._record_failure("go_on", text)
             return
         self.saved_at = step
         if self._leads:
@@ -183,6 +185,14 @@ class CheckpointKeeper:
         if self._leads:
             self._try(partial(condemn, self._folder.checkpoints, name), "marked as suspect")
             self._unconfirmed.clear()
+
+    def _record_failure(self, action: Action, text: str) -> None:
+        """Write down that a checkpoint could not be written; none of the run's makes it good if that ends here."""
+        if not self._leads:
+            return
+        record_operation(self._folder, "checkpoint_failed", action, text)
+        if action == "abort":
+            settle(self._folder, UNSAVED, self._trainer.steps_done, state="aborted")
 
     def _look(self) -> tuple[Path | None, bool]:
         """The checkpoint to take up, and whether newer ones were discarded for it."""

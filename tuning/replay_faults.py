@@ -7,10 +7,10 @@ back with its step when the event came; nor if it is one of operations, which no
 from collections.abc import Sequence
 
 from pipelines.config import RunConfig
+from pipelines.fault_config import OPERATIONS
 from pipelines.run_folder import RunFolder, write_json
 from pipelines.spike_event import SpikeEvent
 
-_OPERATIONS = frozenset({"killed_worker", "stalled_worker", "dead_tracking_server", "full_disk", "corrupt_checkpoint"})
 _OF_CHECKPOINTS = frozenset({"full_disk", "corrupt_checkpoint"})
 
 
@@ -26,7 +26,7 @@ def faults_left_out(config: RunConfig, before: Sequence[SpikeEvent]) -> list[int
     for number, fault in enumerate(config.faults):
         step = getattr(fault, "step", None)
         taken_back = step is not None and any(target < step <= last for target, last in rewinds)
-        if str(fault.kind) in _OPERATIONS or taken_back:
+        if str(fault.kind) in OPERATIONS or taken_back:
             left_out.append(number)
     return left_out
 
@@ -35,7 +35,7 @@ def fault_cut_by(config: RunConfig, start: int) -> int | None:
     """The place of a fault that lasted over the step that the replay begins with, and does not go on in it."""
     for number, fault in enumerate(config.faults):
         step, steps = getattr(fault, "step", None), getattr(fault, "steps", 1)
-        if step is not None and step <= start < step - 1 + steps and str(fault.kind) not in _OPERATIONS:
+        if step is not None and step <= start < step - 1 + steps and str(fault.kind) not in OPERATIONS:
             return number
     return None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moe.config.anticipation import TriggeredAnticipationConfig
 from pipelines.checkpoint_manifest import CheckpointError, Manifest, checkpoint_folders, step_of, verify
+from pipelines.checkpoint_standing import kept_for
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.journal import Journal, LrCut, SkippedSamples
@@ -263,7 +264,7 @@ def choose_start(run: RunFolder, event: SpikeEvent, rewinds: Sequence[int]) -> S
     """
     before = (event.onset or event.step) - 1
     paths = [path for path in reversed(checkpoint_folders(run.checkpoints)) if step_of(path) <= before]
-    pinned = [path for path in paths if path.name == event.checkpoint]
+    pinned = kept_for(run.checkpoints, event.id) or [path for path in paths if path.name == event.checkpoint]
     passed = "the event pinned none" if event.checkpoint is None else "" if pinned else f"{event.checkpoint} is gone"
     for path in [*pinned, *(path for path in paths if path not in pinned)]:
         try:

@@ -4,8 +4,18 @@ import pytest
 import torch
 
 from moe.state import TrainingState
-from pipelines.checkpoint_standing import condemn, mark, newer_than, newest_good, newest_valid, prune, standing
-from pipelines.checkpoints import save
+from pipelines.checkpoint_standing import (
+    condemn,
+    kept_for,
+    mark,
+    newer_than,
+    newest_good,
+    newest_valid,
+    pin,
+    prune,
+    standing,
+)
+from pipelines.checkpoints import load, save
 
 STEPS = (10, 20, 30, 40, 50)
 
@@ -70,6 +80,34 @@ def test_without_a_resumable_one_suspects_stay_as_evidence(paths: dict[int, Path
         mark(path, "suspect")
     assert newest_valid(tmp_path) is None
     assert prune(tmp_path, 1) == []
+
+
+def test_a_pinned_one_is_kept_beside_one_of_the_same_step_that_takes_its_place(
+    paths: dict[int, Path], tmp_path: Path
+) -> None:
+    for timeline in (1, 2):
+        pin(paths[40], f"event {timeline}")
+        mark(paths[40], "discarded")
+        weights = TrainingState({"w": torch.full((3,), 1.0 + timeline)})
+        assert save(tmp_path, weights, step=40, metadata={}, timeline=timeline) == paths[40]
+        assert standing(paths[40]).pinned_by == ()
+        prune(tmp_path, 2)
+    for timeline in (0, 1):
+        (kept,) = kept_for(tmp_path, f"event {timeline + 1}")
+        assert kept.name == f"step-00000040-t{timeline}"
+        state = TrainingState({"w": torch.zeros(3)})
+        assert load(kept, state)["timeline"] == timeline
+        assert state.tensors["w"].tolist() == [1.0 + timeline] * 3
+    assert kept_for(tmp_path, "event 3") == []
+    assert newest_valid(tmp_path) == paths[50]
+
+
+def test_a_damaged_one_leaves_its_pins_to_the_one_that_takes_its_place(paths: dict[int, Path], tmp_path: Path) -> None:
+    pin(paths[40], "event")
+    (paths[40] / "rank-00000.safetensors").write_bytes(b"")
+    save(tmp_path, TrainingState({"w": torch.ones(3)}), step=40, metadata={})
+    assert (standing(paths[40]).pinned_by, standing(paths[40]).state) == (("event",), "unconfirmed")
+    assert _left(tmp_path) == list(STEPS)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "excellent"}'])

@@ -1,11 +1,13 @@
 import re
 import threading
+import time
 
 import pytest
 
 from pipelines import tracking
 from pipelines.delivery import BATCH_METRICS, Delivery, deliver
 from pipelines.run_folder import read_json, write_json
+from pipelines.spike_event import read_events
 from pipelines.spool import TRAIN, VALIDATION, SpoolWriter
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import TrackingStore, open_store
@@ -95,6 +97,26 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server: Server) -> Non
         "environment.json",
         "spikes.json",
     }
+
+
+@pytest.mark.slow
+def test_a_dead_server_is_noticed_within_moments_while_all_points_are_held_back(server: Server) -> None:
+    with Tracker.start(config(), open_store(server.uri), dataset=DATASET) as tracker:
+        folder = tracker.folder
+        train(folder, 1, 10)  # fewer than a rewind may take back
+        time.sleep(3)
+        assert read_events(folder.events) == []
+        server.kill()
+        killed_at = time.time()
+        wait_until(lambda: bool(read_events(folder.events)), 30)
+        (event,) = read_events(folder.events)
+        assert (event.kind, event.step) == ("tracking_outage", 10)
+        assert event.time_ms / 1000 < killed_at + 3
+        server.start()
+    assert tracker.undelivered is None
+    (event,) = read_events(folder.events)
+    assert event.outcome is not None
+    assert event.outcome.state == "recovered"
 
 
 @pytest.mark.slow

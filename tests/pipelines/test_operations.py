@@ -180,3 +180,20 @@ def test_delivery_that_is_cut_off_waits_and_misses_nothing(store: TrackingStore)
     assert event.outcome is not None
     assert event.outcome.state == "recovered"
     assert points(store.client, folder, "train/loss") == [(step, 5 / step) for step in range(1, 31)]
+
+
+def test_an_outage_is_noticed_within_moments_while_all_points_are_held_back(store: TrackingStore) -> None:
+    with Tracker.start(config(), store, dataset=DATASET) as tracker:
+        folder = tracker.folder
+    folder.ending.unlink()
+    drainer = Drainer(store.client, folder, RunLock(folder), interval_s=60, lag_steps=100)
+    drainer.start()
+    train(folder, 1, 30)
+    cut_off(folder, 3)
+    cut_at = time.time()
+    wait_until(lambda: bool(read_events(folder.events)), 30)
+    (event,) = read_events(folder.events)
+    assert (event.kind, event.step) == ("tracking_outage", 30)
+    assert event.time_ms / 1000 < cut_at + 2.5  # a delivery is a minute away
+    assert drainer.finish(60) is None
+    assert points(store.client, folder, "train/loss") == [(step, 5 / step) for step in range(1, 31)]

@@ -15,8 +15,9 @@ from pipelines.saved_view import LineChart
 from pipelines.summary import print_summary
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import open_store
-from pipelines.views import TRAINING
+from pipelines.views import REPLAYS, TRAINING
 from tests.pipelines.browser import NEEDS_A_BROWSER, Page
+from tests.pipelines.driver import run_steadymoe
 from tests.pipelines.mlflow_server import Server
 from tests.pipelines.small_run import metrics_of, run_loop, small_config
 from tests.pipelines.tracked import DATASET
@@ -43,6 +44,13 @@ const width = Math.max(0, ...paths.map(path => path.getBoundingClientRect().widt
 if (new Set(lines.map(line => line.name)).size < arguments[1] || width <= 100) return null;
 return lines.map(line => [line.name, Array.from(line.x), Array.from(line.y)]);
 """
+# Whether the page has a chart with this title, scrolling on until it has.
+IS_THERE = """
+const titles = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"] h4')];
+if (titles.some(title => title.title === arguments[0])) return true;
+document.querySelector('[data-testid="experiment-view-compare-runs-chart-area"]')?.scrollBy(0, 300);
+return false;
+"""
 # Titles of the charts that the page has by now, once there are so many: those further down appear as one scrolls.
 TITLES = """
 const titles = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"] h4')];
@@ -57,6 +65,7 @@ class Runs:
     folders: dict[str, RunFolder]
     this_run: str
     all_runs: str
+    server: Server
 
 
 def _train(
@@ -99,7 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             output = io.StringIO()
             print_summary(folders["finished"], 1.0, Console(file=output, width=80))
             links = dict(re.findall(r"^(this run|all runs) +(http\S+)$", output.getvalue(), re.MULTILINE))
-            yield Runs(folders, links["this run"], links["all runs"])
+            yield Runs(folders, links["this run"], links["all runs"], server)
         finally:
             server.kill()
 
@@ -165,3 +174,26 @@ def test_a_checkpoint_is_found_and_says_where_it_lies(runs: Runs, page: Page) ->
 def test_the_link_to_this_run_opens_its_page(runs: Runs, page: Page) -> None:
     page.open(runs.this_run)
     page.wait_for_text("Trained a 2-layer MoE", "finished", "Finished")
+
+
+def test_the_view_of_replays_shows_each_treatment(runs: Runs, page: Page) -> None:
+    """A spike that a weight has made, and the replay of it by the command."""
+    fault = "faults=[{kind: weight_scaled, step: 50, parameters: head.weight, factor: 20.0}]"
+    spiky = _train(runs.server, "spiky", "schedule.steps=60", fault, "tracking.experiment=spikes")
+    home = Path(os.environ[HOME_VARIABLE])
+    done = run_steadymoe(home, "replay", "spiky", "loss-000050", "--with", "half-lr", "--after", "4")
+    assert "reproduced: " in done.stdout
+    (link,) = re.findall(r"^all runs +(http\S+)$", done.stdout, re.MULTILINE)
+    page.open(link)
+    page.wait_for_text(*(section.title for section in REPLAYS.sections), "as-it-was", "half-lr")
+    lines = page.wait(CHART, "train/loss", 2)
+    drawn = {re.sub(r" \(.*\)$", "", name): dict(zip(x, y, strict=True)) for name, x, y in lines}
+    assert drawn.keys() == {"as-it-was-loss-000050", "half-lr-loss-000050"}
+    recorded = dict(zip(*_recorded(spiky, "train", "train/loss"), strict=True))
+    for points in drawn.values():
+        assert list(points) == list(range(41, 55))
+    for step in range(41, 50):  # what the fault did to the next was taken back in the run
+        assert drawn["as-it-was-loss-000050"][step] == pytest.approx(recorded[step])
+    for section in REPLAYS.sections:
+        for chart in section.charts:
+            page.wait(IS_THERE, chart.metric)

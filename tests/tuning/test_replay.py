@@ -108,6 +108,34 @@ def test_a_setting_that_changes_bits_is_named_as_the_reason(home: Path) -> None:
     assert client_of(home).get_run(replay_named("loss-000051-replay-2").info.id).data.metrics["replay/reproduced"] == 0
 
 
+def test_a_replay_on_two_expert_parallel_workers_repeats_the_spike_bit_for_bit(home: Path) -> None:
+    """Trials with two ranks each, which take up the shards of both workers."""
+    pair = sets(
+        *("parallel.workers=2", "parallel.expert_parallel=2", "schedule.steps=190", "schedule.warmup_steps=10"),
+        *("optimizer.lr=3e-3", "data.global_batch_size=32", "checkpoint.every_steps=35", "validation.every_steps=95"),
+        # By then the model knows enough of text to be surprised.
+        *("tracking.run_name=pair", "faults=[{kind: corrupted_batch, step: 182, content: shuffled_tokens}]"),
+    )
+    run_steadymoe(home, "train", "micro", *pair)
+    (event,) = read_events(folders()["pair"].events)
+    assert (event.step, event.kind, event.action) == (182, "loss", "skip_step")
+    done = run_steadymoe(home, "replay", "pair", event.id, "--with", "skip-samples", "--after", "5")
+    assert "from step-00000175: steps 176 to 187 under 2 treatments" in done.stdout
+    assert "reproduced: loss and gradient norm of 7 steps are the run's, bit for bit" in done.stdout
+    replay = replay_named(f"{event.id}-replay-1")
+    assert {run.info.status for run in trials_of(home, replay).values()} == {"FINISHED"}
+    run = metrics_of(folders()["pair"].path)
+    by_arm = {
+        arm: metrics_of(RunFolder(next(home.glob(f"runs/{replay.info.id}-{arm}"))).path)
+        for arm in ("as-it-was", "skip-samples")
+    }
+    for step in range(176, 183):
+        for metric in ("train/loss", "train/grad_norm", "spike/score_loss", "moe/max_vio_batch"):
+            assert by_arm["as-it-was"][step][metric] == run[step][metric]
+    assert by_arm["skip-samples"][181]["train/loss"] == run[181]["train/loss"]
+    assert by_arm["skip-samples"][182]["spike/score_loss"] < 6 < run[182]["spike/score_loss"]
+
+
 def test_an_interrupted_replay_ends_as_killed_with_130(home: Path) -> None:
     known = {folder.path for folder in replay_folders()}
     slow = ("--after", "19", "--set", "monitors.every_steps=1")

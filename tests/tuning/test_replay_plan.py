@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.checkpoint_manifest import FileRecord, Manifest, sha256_of, step_name, write_manifest
-from pipelines.checkpoint_standing import mark
+from pipelines.checkpoint_standing import mark, pin, take_place
 from pipelines.errors import UserError
 from pipelines.journal import Journal, LrCut, SkippedSamples
 from pipelines.run_folder import RunFolder
@@ -61,6 +61,17 @@ def test_a_replay_begins_with_the_pinned_checkpoint_even_if_it_was_discarded(tmp
     event = add_spike(folder, 45, checkpoint="step-00000040")
     start = choose_start(folder, event, [30])
     assert (start.step, start.says) == (40, "step-00000040")
+
+
+def test_a_replay_begins_with_the_pinned_checkpoint_even_if_another_has_its_name_now(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    event = add_spike(folder, 45, checkpoint="step-00000040", rewound_to=35)
+    pinned = write_checkpoint(folder, 40)
+    pin(pinned, event.id)
+    take_place(write_checkpoint(folder, 41, timeline=1), pinned)
+    start = choose_start(folder, event, [35])
+    assert start.manifest is not None
+    assert (start.says, start.manifest.timeline) == ("step-00000040-t0", 0)
 
 
 def test_without_it_a_replay_begins_with_an_older_one_and_says_so(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_settings_and_gpus_are_reasons(plan: Plan) -> None:
 
 
 RUN = (
-    *("schedule.steps=60", "checkpoint.every_steps=10", "checkpoint.confirm_steps=5", "validation.every_steps=30"),
+    *("schedule.steps=60", "checkpoint.every_steps=6", "checkpoint.confirm_steps=5", "validation.every_steps=30"),
     *("response.calm_steps=5", "response.rungs=[rewind_lower_lr, skip_step, rewind_skip_samples]"),
 )
 
@@ -149,6 +149,9 @@ def test_events_before_and_after_answers_are_repeated_bit_for_bit_and_skipping_a
     ]
     for number, event in enumerate(events, 1):
         plan = make_plan(run, str(number), ["skip-samples"], 3, [])
+        # The newest before the event, although the steps to it were taken back and its place is another's by now.
+        assert plan.start.says.removesuffix(f"-t{event.timeline}") == event.checkpoint
+        assert plan.start.step == (event.step - 1) // 6 * 6
         plain, skipping = (replay(plan, arm, tmp_path / f"{event.id}-{arm.name}") for arm in plan.arms)
         found = compare(plan, plain.spool, ())
         assert found.is_exact, found.sentence

@@ -63,7 +63,9 @@ def die(rank: int, world: int, folder: Path) -> None:
 def test_a_worker_is_killed_at_its_step_and_only_once(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 died without a word|gloo"):
         run_distributed(die, 2, tmp_path)
-    assert read_json(RunFolder(tmp_path).faults) == {"happened": [{"number": 0, "kind": "killed_worker", "step": AT}]}
+    assert read_json(RunFolder(tmp_path).faults) == {
+        "happened": [{"number": 0, "kind": "killed_worker", "step": AT, "rewinds": 0}]
+    }
     assert run_distributed(die, 2, tmp_path) == [None, None]
 
 
@@ -87,11 +89,19 @@ def test_a_full_disk_costs_checkpoints_until_it_is_empty_again(tmp_path: Path) -
 
 
 def test_a_disk_that_is_full_at_the_end_is_no_silent_loss(tmp_path: Path) -> None:
-    fault = "faults=[{kind: full_disk, step: 11, steps: 2}]"
+    run = RunFolder(tmp_path / "run")
+    settings = ("faults=[{kind: full_disk, step: 7, steps: 6}]",)
     with pytest.raises(
         CheckpointError, match=r"the checkpoint of step 12 could not be written .*No space left on device"
-    ):
-        run_loop(0, 1, tmp_path / "run", (fault,))
+    ) as refused:
+        run_loop(0, 1, run.path, settings)
+    missed, last = read_events(run.events)
+    assert (missed.id, missed.action) == ("checkpoint_failed-000008", "go_on")
+    assert (last.id, last.action, last.detail) == ("checkpoint_failed-000012", "abort", str(refused.value))
+    assert [(e.outcome.state, e.outcome.at_step) for e in (missed, last) if e.outcome] == [("aborted", 12)] * 2
+    empty_disk(run.checkpoints)
+    assert run_loop(0, 1, run.path, settings) == Ending("finished", 12)
+    assert read_events(run.events) == [missed, last]
 
 
 def run_alone(run: Path, *settings: str) -> int | None:

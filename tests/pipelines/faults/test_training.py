@@ -1,6 +1,7 @@
 """Faults of training: each does what it says, at its step, and once."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ import torch
 from moe.schedule import Moment
 from moe.trainer import Trainer
 from pipelines.errors import UserError
+from pipelines.journal import Journal
+from pipelines.outcome import Ending
+from pipelines.run_folder import RunFolder
+from pipelines.spike_event import read_events
 from tests.distributed import run_distributed
 from tests.moe.tiny import load, saved
 from tests.pipelines.faults.scene import AT, By, Fault, bits, changed, faulty, gradients_at, weights_at
+from tests.pipelines.small_run import metrics_of, run_loop
 
 EP2: dict[str, Any] = {"parallel": {"workers": 2, "expert_parallel": 2}}
 SHARDED: dict[str, Any] = {"parallel": {"workers": 2, "expert_parallel": 2, "dense": "shard"}}
@@ -161,7 +167,7 @@ KINDS: list[Fault] = [
 
 
 @pytest.mark.parametrize("fault", KINDS, ids=lambda fault: f"{fault['kind']}-{fault.get('target', '')}")
-def test_a_repeated_step_is_clean_after_a_rewind_and_after_a_restart(tmp_path: Path, fault: Fault) -> None:
+def test_a_repeated_step_is_clean_after_a_rewind_and_as_it_was_after_a_restart(tmp_path: Path, fault: Fault) -> None:
     faults = ({**fault, "step": AT}, {**fault, "step": AT + 1})
     trainer = faulty(tmp_path, *faults)
     trainer.step()
@@ -174,9 +180,12 @@ def test_a_repeated_step_is_clean_after_a_rewind_and_after_a_restart(tmp_path: P
     assert reports[0].metrics != expected[0]
     load(trainer, *state)
     assert [trainer.step().metrics for _ in range(2)] == expected
-    restarted = faulty(tmp_path, *faults)
-    load(restarted, *state)
-    assert [restarted.step().metrics for _ in range(2)] == expected
+    # Workers that start again repeat the timeline that holds: it had the faults, unless that was taken back.
+    for rewinds, metrics in (([], [report.metrics for report in reports]), ([AT - 1], expected)):
+        Journal(rewinds=rewinds).write(RunFolder(tmp_path).journal)
+        restarted = faulty(tmp_path, *faults)
+        load(restarted, *state)
+        assert str([restarted.step().metrics for _ in range(2)]) == str(metrics)  # NaN is not equal to itself
 
 
 def test_a_fault_that_has_not_happened_yet_happens_after_a_restart(tmp_path: Path) -> None:
@@ -184,7 +193,7 @@ def test_a_fault_that_has_not_happened_yet_happens_after_a_restart(tmp_path: Pat
     first = faulty(tmp_path, *faults)
     one = first.step().metrics["train/lr"]
     second = faulty(tmp_path, *faults)
-    assert lr_of(second, 2) == pytest.approx([one / 2, lr_of(faulty(tmp_path / "clean"), 2)[1] * 2])
+    assert lr_of(second, 2) == pytest.approx([one, lr_of(faulty(tmp_path / "clean"), 2)[1] * 2])
 
 
 def on_ranks(
@@ -265,3 +274,25 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "faults.json").write_text('{"happened": [{"nu')
     with pytest.raises(UserError, match=r"faults\.json is damaged"):
         faulty(tmp_path, {"kind": "lr_jump", "step": 1, "factor": 2})
+
+
+def test_workers_that_start_again_repeat_what_they_did_with_its_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was not noticed, one whose update was refused, and one that had been taken back."""
+    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path / "home"))
+    run = RunFolder(tmp_path / "run")
+    settings = (
+        *("schedule.steps=60", "checkpoint.every_steps=30", "checkpoint.keep=9", "response.calm_steps=5"),
+        "faults=[{kind: weight_scaled, step: 34, parameters: '*.router.weight', factor: 1.01},"
+        " {kind: nan_gradient, step: 38}, {kind: weight_scaled, step: 50, parameters: head.weight, factor: 20.0}]",
+    )
+    assert run_loop(0, 1, run.path, settings) == Ending("finished", 60)
+    events, whole = read_events(run.events), metrics_of(run.path)
+    assert [(e.step, e.action) for e in events] == [
+        (38, "skip_step"), (50, "skip_step"), (51, "rewind_skip_samples")
+    ]  # fmt: skip
+    shutil.rmtree(run.checkpoints / "step-00000060")
+    run_loop(0, 1, run.path, settings)
+    assert str(metrics_of(run.path)) == str(whole)
+    assert [(e.id, e.outcome) for e in read_events(run.events)] == [(e.id, e.outcome) for e in events]
