@@ -237,6 +237,15 @@ def find_run(run: str) -> RunFolder:
     return find_folder(run, run_folders(), "run", "runs", runs_dir())
 
 
+def find_sweep(sweep: str) -> RunFolder:
+    """The folder of the sweep that a user means, as with `find_run`.
+
+    Raises:
+        UserError: there is no such sweep, or there are several.
+    """
+    return find_folder(sweep, sweep_folders(), "sweep", "sweeps", sweeps_dir())
+
+
 def find_folder(wanted: str, folders: Iterable[RunFolder], kind: str, kinds: str, place: Path) -> RunFolder:
     """The one of ``folders`` that a user means by an id, the beginning of an id, a name, or ``latest``.
 

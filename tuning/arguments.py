@@ -125,19 +125,25 @@ class CompareArguments(BaseModel):
     Examples:
       steadymoe compare tiny-1 tiny-2
       steadymoe compare base-s0 base-s1 clip-s0 clip-s1 --out clip.html
+      steadymoe compare --sweep latest
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    runs: CliPositionalArg[list[str]]
+    runs: CliPositionalArg[list[str]] = []
     """The runs, at least two, each by its id, its name or latest."""
+    sweep: str | None = None
+    """Instead of runs the trials of a sweep, by its id, its name or latest; the report becomes the sweep's own."""
     out: str | None = None
     """Write the page into this file, too."""
 
     @model_validator(mode="after")
     def _two_runs(self) -> Self:
-        if len(self.runs) < 2:
-            raise UserError(f"a comparison takes at least two runs, not {self.runs[0]} alone")
+        if self.sweep is not None and self.runs:
+            raise UserError(f"--sweep compares the trials of a sweep; leave out {' '.join(self.runs)}")
+        if self.sweep is None and len(self.runs) < 2:
+            alone = f"not {self.runs[0]} alone" if self.runs else "or a sweep: steadymoe compare --sweep latest"
+            raise UserError(f"a comparison takes at least two runs, {alone}")
         return self
 
 

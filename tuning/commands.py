@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines.command_line import EXIT_DONE
 from pipelines.errors import UserError
 from pipelines.loading import dump_config
-from pipelines.run_folder import find_run
+from pipelines.run_folder import find_run, find_sweep
 from tuning.arguments import CompareArguments, ReplayArguments, StudyArguments, SweepArguments
 from tuning.replay_plan import make_plan
 from tuning.study_loading import load_study, study_titles
@@ -61,10 +61,12 @@ def compare(arguments: CompareArguments) -> int:
     """
     if arguments.out is not None:
         _refuse_unwritable("--out", Path(arguments.out), "an HTML file")
+    out = Path(arguments.out) if arguments.out is not None else None
     folders = [find_run(run) for run in arguments.runs]
-    from tuning.compare import run
+    sweep = find_sweep(arguments.sweep) if arguments.sweep is not None else None
+    from tuning.compare import compare_sweep, run
 
-    return run(folders, Path(arguments.out) if arguments.out is not None else None)
+    return compare_sweep(sweep, out) if sweep is not None else run(folders, out)
 
 
 def replay(arguments: ReplayArguments) -> int:

@@ -17,17 +17,18 @@ from pipelines.job import run_in_job
 from pipelines.run_folder import RunFolder, write_whole
 from pipelines.summary import print_links
 from pipelines.terminal import list_console, print_line
-from pipelines.tracking_store import artifact_link, open_store, tracking_uri
+from pipelines.tracking_store import artifact_link, open_store, store_errors, tracking_uri
 from pipelines.views import TRAINING
 from tuning import commands
 from tuning.arguments import CompareArguments
 from tuning.comparison.caveats import caveats
 from tuning.comparison.comparing import Comparison, compare_runs
 from tuning.comparison.findings import findings, headline
-from tuning.comparison.page import PAGE, write_report
+from tuning.comparison.page import PAGE, REPORT, write_report
 from tuning.comparison.table import configurations_sheet
 from tuning.comparison.tracked import ComparisonRun
 from tuning.parent_run import end_orphaned_parents
+from tuning.sweep_outcome import trial_folders
 
 _NAMED = 3
 
@@ -58,14 +59,44 @@ def run(folders: Sequence[RunFolder], out: Path | None) -> int:
         page = write_report(comparison, parent.folder.figures / PAGE)
     if out is not None:
         write_whole(out, page.read_text(encoding="utf-8"))
-    info = parent.info
-    print_line(console, f"Report    {out or page}")
-    link = artifact_link(info.tracking_uri, info.experiment_id, info.id, f"{parent.folder.figures.name}/{PAGE}")
-    print_line(console, f"in MLflow {link}")
-    print_links(parent.folder, TRAINING, console)
+    _say_where(parent.folder, out or page, console)
     if parent.undelivered:
         print_line(console, parent.undelivered)
     return EXIT_DONE
+
+
+def compare_sweep(sweep: RunFolder, out: Path | None) -> int:
+    """The trials of a sweep; the report takes the place of that which the sweep has left.
+
+    Args:
+        sweep: the sweep.
+        out: a file that gets the page as well.
+
+    Raises:
+        UserError: fewer than two of its trials are over, or the tracking store does not take the report.
+    """
+    console = list_console()
+    refuse_unwritable_home()
+    comparison = compare_runs(trial_folders(sweep), f"Sweep {sweep.info.name}")
+    _print(comparison, console)
+    page = write_report(comparison, sweep.figures / PAGE)
+    if out is not None:
+        write_whole(out, page.read_text(encoding="utf-8"))
+    info = sweep.info
+    store = open_store(tracking_uri(TrackingConfig(), info))
+    with store_errors(store.uri):
+        for file in (page, page.with_name(REPORT)):
+            store.client.log_artifact(info.id, str(file), sweep.figures.name)
+    _say_where(sweep, out or page, console)
+    return EXIT_DONE
+
+
+def _say_where(parent: RunFolder, page: Path, console: Console) -> None:
+    info = parent.info
+    print_line(console, f"Report    {page}")
+    link = artifact_link(info.tracking_uri, info.experiment_id, info.id, f"{parent.figures.name}/{PAGE}")
+    print_line(console, f"in MLflow {link}")
+    print_links(parent, TRAINING, console)
 
 
 def _title(folders: Sequence[RunFolder]) -> str:

@@ -21,7 +21,7 @@ from pipelines.job import run_in_job
 from pipelines.loading import dump_config
 from pipelines.orphans import end_orphans
 from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_at_a_time, uses_gpu, worker_environment
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, find_sweep
 from pipelines.shards import Shards
 from pipelines.summary import print_links
 from pipelines.terminal import print_line
@@ -30,13 +30,14 @@ from pipelines.tracking_store import TrackingStore, open_store_in_background, tr
 from pipelines.views import STUDIES
 from tuning import commands
 from tuning.arguments import SweepArguments
+from tuning.comparison.page import PAGE
 from tuning.parent_run import end_orphaned_parents
 from tuning.sweep_config import AshaSchedulerConfig, PbtSchedulerConfig, SweepConfig
 from tuning.sweep_loading import SweepPlan, load_sweep, trial_config
 from tuning.sweep_outcome import SweepOutcome, conclude_sweep
 from tuning.sweep_progress import SweepProgress
 from tuning.sweep_queue import SweepQueue
-from tuning.sweep_run import SweepRun, find_sweep
+from tuning.sweep_run import SweepRun
 from tuning.sweep_trials import SweepTrials
 from tuning.trials import run_trials
 
@@ -218,11 +219,16 @@ def _in_words(plan: SweepPlan, config: RunConfig, slots: int) -> str:
 def _tell(sweep_run: SweepRun, outcome: SweepOutcome, stopped: bool, console: Console) -> int:
     console.print()
     console.print(outcome.table())
+    for sentence in outcome.findings:
+        print_line(console, f"- {sentence}")
     if outcome.best is not None:
         print_line(console, f"The best: {outcome.plan.label(outcome.best.values)}. To train it:")
         print_line(console, f"  steadymoe train {outcome.best_file}")
     else:
         print_line(console, "No configuration finished within the constraints, so there is no best one.")
+    page = sweep_run.folder.figures / PAGE
+    if page.exists():
+        print_line(console, f"Report    {page}")
     print_links(sweep_run.folder, STUDIES, console)
     if sweep_run.undelivered:
         print_line(console, sweep_run.undelivered)

@@ -8,12 +8,17 @@ from statistics import stdev
 from rich.table import Table
 
 from pipelines.loading import dump_config
-from pipelines.run_folder import write_json, write_whole
+from pipelines.run_folder import RunFolder, write_json, write_whole
+from tuning.comparison.comparing import compare_runs
+from tuning.comparison.findings import findings
+from tuning.comparison.page import PAGE, write_report
 from tuning.objective import LOSS, Configuration, configurations, confirmed, ranked
+from tuning.sweep_journal import SweepJournal
 from tuning.sweep_loading import SweepPlan, plain_config
-from tuning.sweep_run import SweepRun
+from tuning.sweep_run import JOURNAL, SweepRun
 
 BEST = "best.yaml"
+RANKING = "ranking.md"
 _ROWS = 10
 
 
@@ -27,6 +32,8 @@ class SweepOutcome:
     best: Configuration | None
     """None if none finished within the constraints."""
     best_file: Path
+    findings: Sequence[str]
+    """What the trials show, in sentences."""
 
     def table(self) -> Table:
         """For the terminal."""
@@ -36,7 +43,7 @@ class SweepOutcome:
         for row in self._rows()[:_ROWS]:
             table.add_row(*row)
         if len(self.order) > _ROWS:
-            table.caption = f"and {len(self.order) - _ROWS} more in report.md"
+            table.caption = f"and {len(self.order) - _ROWS} more in {RANKING}"
         return table
 
     def report(self) -> str:
@@ -82,8 +89,9 @@ def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
     order = ranked(configurations(trials), config.objective)
     candidates = confirmed(order, config.confirm.seeds) if config.confirm is not None else order
     best = next((one for one in candidates if one.is_feasible(config.objective)), None)
-    outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST)
-    write_whole(run.folder.figures / "report.md", outcome.report())
+    told = _compare(plan, run, best)
+    outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST, told)
+    write_whole(run.folder.figures / RANKING, outcome.report())
     write_json(run.folder.figures / "results.json", _as_table(plan, order))
     if best is not None:
         text = _evidence(outcome, best) + dump_config(plain_config(config, best.values))
@@ -100,6 +108,24 @@ def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
     if best is not None and (loss := best.mean(LOSS)) is not None:
         run.figures["sweep/best_val_loss"] = loss
     return outcome
+
+
+def trial_folders(run: RunFolder) -> list[RunFolder]:
+    """The runs of a sweep's trials that are over, as they were begun."""
+    trials = SweepJournal.read(run.path / JOURNAL).trials.values()
+    folders = [RunFolder(Path(trial.begun.folder)) for trial in trials if trial.ended]
+    return [folder for folder in folders if folder.is_run]
+
+
+def _compare(plan: SweepPlan, run: SweepRun, best: Configuration | None) -> Sequence[str]:
+    """Leave the page of all trials where the run's end brings it to MLflow; what it shows, in sentences."""
+    folders = trial_folders(run.folder)
+    if len(folders) < 2:
+        return []
+    reference = RunFolder(Path(best.trials[0].begun.folder)) if best is not None else None
+    comparison = compare_runs(folders, f"Sweep {run.info.name}: {plan.config.title}", reference)
+    write_report(comparison, run.folder.figures / PAGE)
+    return findings(comparison)
 
 
 def _evidence(outcome: SweepOutcome, best: Configuration) -> str:
@@ -150,4 +176,5 @@ def _description(outcome: SweepOutcome) -> str:
     """First a plain sentence: lists show no more."""
     plan, best = outcome.plan, outcome.best
     found = f"best {_loss_words(best)} at {plan.label(best.values)}" if best else "none finished within the constraints"
-    return f"{plan.config.title}, {len(outcome.order)} configurations: {found}.\n\n{plan.config.question}"
+    told = "".join(f"\n- {sentence}" for sentence in outcome.findings)
+    return f"{plan.config.title}, {len(outcome.order)} configurations: {found}.\n\n{plan.config.question}\n{told}"

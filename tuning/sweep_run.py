@@ -5,7 +5,7 @@ from typing import Self
 from pipelines.ending import DESCRIPTION_TAG
 from pipelines.home import sweeps_dir
 from pipelines.loading import dump_config
-from pipelines.run_folder import RunFolder, count_on, find_folder, sweep_folders
+from pipelines.run_folder import RunFolder, count_on, sweep_folders
 from pipelines.run_lock import RunLock
 from pipelines.tracking_store import TrackingStore
 from tuning.parent_run import ParentRun, Progress, make_parent, reopen_parent
@@ -13,15 +13,6 @@ from tuning.sweep_config import SweepConfig
 from tuning.sweep_journal import SweepJournal
 
 JOURNAL = "trials.jsonl"
-
-
-def find_sweep(sweep: str) -> RunFolder:
-    """The folder of the sweep that a user means by an id, the beginning of one, a name or ``latest``.
-
-    Raises:
-        UserError: there is no such sweep, or there are several.
-    """
-    return find_folder(sweep, sweep_folders(), "sweep", "sweeps", sweeps_dir())
 
 
 class SweepRun(ParentRun):

@@ -11,17 +11,21 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, find_sweep
 from pipelines.run_lock import is_written_to
 from tests.pipelines.driver import Driver, folders, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import wait_until
-from tuning.sweep_journal import SweepJournal
-from tuning.sweep_run import JOURNAL, find_sweep
+from tuning.sweep_journal import SweepJournal, TrialState
+from tuning.sweep_run import JOURNAL
 
 STEPS = 60
-SETTINGS = sets(
-    f"schedule.steps={STEPS}", f"validation.every_steps={STEPS}", "checkpoint.every_steps=0", "checkpoint.at_end=false"
+PLAIN = (
+    f"schedule.steps={STEPS}",
+    f"validation.every_steps={STEPS}",
+    "checkpoint.every_steps=0",
+    "checkpoint.at_end=false",
 )
+SETTINGS = sets(*PLAIN)
 SWEEP: dict[str, Any] = {
     "title": "Learning rate and clip",
     "question": "Which learning rate is best?",
@@ -100,9 +104,13 @@ def test_a_sweep_prunes_confirms_and_writes_a_config_that_can_be_trained(home: P
     parent = client.get_run(sweep.info.id)
     assert (parent.info.status, parent.data.tags["role"]) == ("FINISHED", "sweep")
     assert parent.data.metrics["sweep/trials"] == 10
-    assert {"figures/report.md", "figures/best.yaml", "figures/results.json"} <= {
-        artifact.path for artifact in client.list_artifacts(sweep.info.id, "figures")
-    }
+    assert {
+        "figures/compare.html",
+        "figures/report.md",
+        "figures/ranking.md",
+        "figures/best.yaml",
+        "figures/results.json",
+    } <= {artifact.path for artifact in client.list_artifacts(sweep.info.id, "figures")}
     # The two of the final are the only ones with two seeds, and the best is the better one of them.
     means: dict[int, list[float]] = {}
     for trial in journal.trials.values():
@@ -172,8 +180,7 @@ def test_a_sweep_of_trials_with_two_workers_ends_a_diverging_one_early_and_ranks
         "optimizer.weight_decay": {"kind": "grid", "values": [0.0, 0.1]},
     }
     file = write(home, "pairs", space=space, scheduler={"kind": "none"}, confirm=None)
-    pair = sets("parallel.workers=2", "parallel.expert_parallel=2")
-    done = run_steadymoe(home, "sweep", file, *SETTINGS, *pair)
+    done = run_steadymoe(home, "sweep", file, *sets(*PLAIN, "parallel.workers=2", "parallel.expert_parallel=2"))
     sweep = find_sweep("pairs-1")
     trials = journal_of(sweep).trials.values()
     assert "1 at a time with 2 worker(s)" in done.stdout
@@ -183,7 +190,7 @@ def test_a_sweep_of_trials_with_two_workers_ends_a_diverging_one_early_and_ranks
         assert trial.ended.outcome == ("diverged" if diverges else "finished")
         assert trial.step < 20 if diverges else trial.step == STEPS
     check_tree(client_of(home), sweep)
-    table = (sweep.figures / "report.md").read_text().splitlines()
+    table = (sweep.figures / "ranking.md").read_text().splitlines()
     outcomes = [line.split("|")[2].strip() for line in table if line.startswith("| lr=")]
     assert outcomes == ["finished", "finished", "diverged", "diverged"]
     runs = {run.info.run_name: run for run in trials_of(client_of(home), sweep)}
@@ -214,7 +221,14 @@ def test_a_population_goes_on_from_the_checkpoints_of_its_best(home: Path) -> No
     for exploit in exploits:
         # The next step begins where the donor is, far below where the trial was, at the trial's own new rate.
         own, donor = (client.get_metric_history(runs[name], "train/loss") for name in (exploit.name, exploit.donor))
-        rates = client.get_metric_history(runs[exploit.name], "train/lr")
-        assert abs(own[exploit.step].value - donor[exploit.step].value) < 0.1
-        assert rates[exploit.step].value == pytest.approx(exploit.values["optimizer.lr"], rel=1e-6)
+        rates = [client.get_metric_history(runs[name], "train/lr") for name in (exploit.name, exploit.donor)]
+        own_rate, donor_rate = (history[exploit.step].value for history in rates)
+        value = value_at(trials[exploit.donor], exploit.step)
+        assert own_rate / donor_rate == pytest.approx(exploit.values["optimizer.lr"] / value, rel=1e-4)
         assert [point.step for point in own] == list(range(1, STEPS + 1))
+
+
+def value_at(trial: TrialState, step: int) -> float:
+    """The rate that a trial of a population has after an exploit's step."""
+    later = [exploit.values for exploit in trial.exploits if exploit.step <= step]
+    return float((later or [trial.begun.values])[-1]["optimizer.lr"])
