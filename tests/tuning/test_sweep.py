@@ -219,8 +219,10 @@ def test_a_population_goes_on_from_the_checkpoints_of_its_best(home: Path) -> No
     client = client_of(home)
     runs = {run.info.run_name: run.info.run_id for run in trials_of(client, sweep)}
     for exploit in exploits:
-        # The next step begins where the donor is, far below where the trial was, at the trial's own new rate.
+        # The next loss is that of the donor's weights on the same batch; the rate is the trial's own new one.
         own, donor = (client.get_metric_history(runs[name], "train/loss") for name in (exploit.name, exploit.donor))
+        assert own[exploit.step].value == donor[exploit.step].value
+        assert own[exploit.step - 1].value != donor[exploit.step - 1].value
         rates = [client.get_metric_history(runs[name], "train/lr") for name in (exploit.name, exploit.donor)]
         own_rate, donor_rate = (history[exploit.step].value for history in rates)
         value = value_at(trials[exploit.donor], exploit.step)
