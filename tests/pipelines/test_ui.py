@@ -181,7 +181,7 @@ def test_the_view_of_replays_shows_each_treatment(runs: Runs, page: Page) -> Non
     """A spike that a weight has made, and the replay of it by the command."""
     fault = "faults=[{kind: weight_scaled, step: 50, parameters: head.weight, factor: 20.0}]"
     spiky = _train(runs.server, "spiky", "schedule.steps=60", fault, "tracking.experiment=spikes")
-    home = Path(os.environ[HOME_VARIABLE])
+    home = spiky.path.parents[1]
     done = run_steadymoe(home, "replay", "spiky", "loss-000050", "--with", "half-lr", "--after", "4")
     assert "reproduced: " in done.stdout
     (link,) = re.findall(r"^all runs +(http\S+)$", done.stdout, re.MULTILINE)
