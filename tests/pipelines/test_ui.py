@@ -1,7 +1,6 @@
 """What a person sees who opens the links that a run prints: real runs, a real MLflow server, a real browser."""
 
 import io
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
