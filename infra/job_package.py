@@ -18,8 +18,9 @@ from pipelines.loading import FILE_SUFFIX, load_config, settings_tree
 from pipelines.paths import absolute
 from pipelines.prepare import absolute_paths
 from pipelines.tracking_store import SQLITE
-from tuning.arguments import ReplayArguments, StudyArguments
+from tuning.arguments import ReplayArguments, StudyArguments, SweepArguments
 from tuning.study_loading import load_study, trial_configs
+from tuning.sweep_loading import load_sweep, trial_config
 from tuning.treatments import refuse_unknown
 
 PACKAGES = ("moe", "pipelines", "tuning", "infra")
@@ -77,12 +78,28 @@ def _study_command(words: Sequence[str]) -> JobCommand:
     if arguments.resume is None:
         studies = arguments.study
         study = load_study(studies[0], arguments.settings, **arguments.changed)
-        bases = [*study.base, *(name for arm in study.arms.values() for name in arm.base)]
-        if files := [name for name in bases if name.endswith(FILE_SUFFIX)]:
-            raise UserError(f"{studies[0]}: base names {files[0]}, which a job does not get; put its keys under config")
+        _refuse_files(studies[0], [*study.base, *(name for arm in study.arms.values() for name in arm.base)])
         config = trial_configs(study)[0]
     command = _job("tuning.study", words, studies, config, None)
     return replace(command, words=_absolute_option(command.words, "--findings"))
+
+
+def _sweep_command(words: Sequence[str]) -> JobCommand:
+    arguments = parse(SweepArguments, words, "steadymoe sweep")
+    _refuse_print_config(arguments.print_config, "sweep")
+    if arguments.resume is None and not arguments.sweep:
+        raise UserError("submit: no sweep given; for example: steadymoe submit -- sweep stability")
+    config = None
+    if arguments.resume is None:
+        plan = load_sweep(arguments.sweep[0], arguments.settings, **arguments.changed)
+        _refuse_files(arguments.sweep[0], plan.config.base)
+        config = trial_config(plan, plan.probe, plan.first_seed)
+    return _job("tuning.sweep", words, arguments.sweep, config, None)
+
+
+def _refuse_files(name: str, bases: Sequence[str]) -> None:
+    if files := [base for base in bases if base.endswith(FILE_SUFFIX)]:
+        raise UserError(f"{name}: base names {files[0]}, which a job does not get; put its keys under config")
 
 
 def _replay_command(words: Sequence[str]) -> JobCommand:
@@ -92,7 +109,7 @@ def _replay_command(words: Sequence[str]) -> JobCommand:
     return _job("tuning.replay", words, [], None, arguments.run)
 
 
-_READERS = {"train": _train_command, "study": _study_command, "replay": _replay_command}
+_READERS = {"train": _train_command, "study": _study_command, "sweep": _sweep_command, "replay": _replay_command}
 """By the command line's name of what can be a job."""
 
 

@@ -97,4 +97,5 @@ def confirmed(found: Sequence[Configuration], seeds: int) -> list[Configuration]
 
 def figures(measures: Mapping[str, float], step: int) -> dict[str, float]:
     """Metrics of a trial's end, as the views of sweeps show them."""
-    return {**{f"sweep/{name}": value for name, value in measures.items()}, "sweep/steps": float(step)}
+    found = {f"sweep/{name}": value for name, value in measures.items()} | {"sweep/steps": float(step)}
+    return found | ({"sweep/objective": measures[LOSS]} if LOSS in measures else {})

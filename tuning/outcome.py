@@ -10,6 +10,7 @@ from rich.table import Table
 from pipelines.config import RunConfig
 from pipelines.environment import cores, cpu_name
 from pipelines.faults.batches import corrupted_steps
+from pipelines.history import History
 from pipelines.journal import Journal
 from pipelines.run_folder import RunFolder, write_json, write_whole
 from pipelines.spike_event import read_events, steps_lost
@@ -34,6 +35,13 @@ def measure_trial(folder: RunFolder, config: RunConfig) -> dict[str, float]:
     if config.model.moe.num_experts and folder.tokens.exists():
         measures["real_experts_spread"] = spread(TokenTable.read(folder.tokens).experts_T, picks_of(config.model))
     return measures
+
+
+def measure_pruned(folder: RunFolder, loss: float) -> dict[str, float]:
+    """The measures that a trial has which was ended at a validation of this loss; all finite."""
+    measures = {"val_loss": loss, "diverged": 0.0} | _of_events(folder)
+    last = History.read(folder.spool).last("moe/max_vio_global")
+    return measures if last is None else {**measures, "max_vio_global": last}
 
 
 def _of_events(folder: RunFolder) -> dict[str, float]:

@@ -19,7 +19,7 @@ from pipelines.text import fit_to_text
 from pipelines.tracking_store import TrackingStore
 from pipelines.views import run_colour
 from tuning.objective import LOSS, figures
-from tuning.outcome import measure_trial
+from tuning.outcome import measure_pruned, measure_trial
 from tuning.space_config import Values
 from tuning.sweep_journal import Begun, Ended, Exploit, Rung, SweepJournal, TrialOutcome
 from tuning.sweep_loading import SweepPlan, trial_config
@@ -176,7 +176,7 @@ class SweepTrials(TrialSource):
         step = known.rungs[-1].step if outcome == "pruned" else self._steps.get(name, known.step)
         self._steps.pop(name, None)
         if outcome == "pruned":
-            measures = {LOSS: known.rungs[-1].loss, "diverged": 0.0}
+            measures = measure_pruned(tracked.folder, known.rungs[-1].loss)
         elif outcome == "failed":
             measures = {}
         else:

@@ -18,6 +18,7 @@ from pipelines.yaml_text import dump, parse_document
 from tests.infra.local_cluster import PROJECT
 from tuning.arguments import StudyArguments
 from tuning.study_loading import STUDIES, load_study, trial_configs
+from tuning.sweep_loading import SWEEPS
 
 LIMIT_BYTES = 5_000_000
 
@@ -114,6 +115,15 @@ def test_a_study_goes_along_with_its_file_and_absolute_paths(tmp_path: Path, mon
     assert arguments.findings == f"{tmp_path}/found.md"
 
 
+def test_a_sweep_goes_along_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = (SWEEPS / "lr-sensitivity.yaml").read_text(encoding="utf-8")
+    Path("mine.yaml").write_text(sweep.replace("base: [micro]", "base: [micro]\nconcurrent: 1"), encoding="utf-8")
+    command = read_command(["sweep", "mine.yaml", "--trials", "4"])
+    assert command.files == {"configs/0/mine.yaml": Path("mine.yaml")}
+    assert command.entrypoint == "python -m tuning.sweep configs/0/mine.yaml --trials 4"
+
+
 def test_a_study_that_stands_on_a_file_is_refused_as_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     content = parse_document((STUDIES / "warmup.yaml").read_text(), "warmup").tree
@@ -134,12 +144,18 @@ def test_a_replay_is_a_job_of_its_own_words() -> None:
     ("words", "line"),
     [
         ([], "submit: no command given"),
-        (["deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train, study, replay"),
+        (["deliver", "latest"], "submit: 'deliver' cannot run as a job; what can: train, study, sweep, replay"),
         (["train", "micro", "--set", "optimizer.lr=fast"], "optimizer.lr: should be a valid number"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read: No such file"),
         (["train", "--resume", "x", "--set", "schedule.steps=0"], "schedule.steps: should be greater than 0, got 0"),
         (["train", "--nonsense"], "unrecognized arguments: --nonsense (see steadymoe train --help)"),
         (["train", "micro", "--print-config"], "--print-config: needs no job"),
+        (["sweep"], "submit: no sweep given"),
+        (["sweep", "stabilty"], "unknown sweep 'stabilty'; did you mean stability?"),
+        (
+            ["sweep", "stability", "--set", "optimizer.lr=1"],
+            "sweep stability: --set: optimizer.lr has no effect, for the space sets it",
+        ),
         (["study"], "submit: no study given"),
         (["study", "balanse"], "unknown study 'balanse'; did you mean balance?"),
         (["study", "balance", "--print-config"], "--print-config: needs no job"),
