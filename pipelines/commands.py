@@ -33,9 +33,9 @@ def deliver(arguments: DeliverArguments) -> int:
     """
     from pipelines.delivery import deliver as deliver_run
     from pipelines.home import runs_dir
-    from pipelines.run_folder import comparison_folders, find_folder, replay_folders, run_folders, study_folders
+    from pipelines.run_folder import find_folder, parent_folders, run_folders
 
-    folders = [*run_folders(), *study_folders(), *replay_folders(), *comparison_folders()]
+    folders = [*run_folders(), *parent_folders()]
     folder = find_folder(arguments.run, folders, "run", "runs", runs_dir())
     if left := deliver_run(folder):
         raise UserError(left)

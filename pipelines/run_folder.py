@@ -226,6 +226,11 @@ def comparison_folders() -> Iterator[RunFolder]:
         yield RunFolder(info.parent)
 
 
+def parent_folders() -> list[RunFolder]:
+    """All runs that train nothing themselves: studies, sweeps, replays and comparisons."""
+    return [*study_folders(), *sweep_folders(), *replay_folders(), *comparison_folders()]
+
+
 def find_run(run: str) -> RunFolder:
     """The folder of the run that a user means by an id, the beginning of an id, a name, or ``latest``.
 

@@ -16,11 +16,8 @@ from pipelines.errors import UserError
 from pipelines.run_folder import (
     RunFolder,
     RunInfo,
-    comparison_folders,
+    parent_folders,
     read_json,
-    replay_folders,
-    study_folders,
-    sweep_folders,
     write_json,
     write_whole,
 )
@@ -146,7 +143,7 @@ def end_orphaned_parents(store: TrackingStore) -> None:
 
     Their trials are runs, and `pipelines.orphans` ends those.
     """
-    for folder in [*study_folders(), *sweep_folders(), *replay_folders(), *comparison_folders()]:
+    for folder in parent_folders():
         if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
             continue
         try:
