@@ -25,6 +25,7 @@ from pipelines.tracking_store import TrackingStore, open_store_in_background, tr
 from pipelines.views import REPLAYS
 from tuning import commands
 from tuning.arguments import ReplayArguments
+from tuning.driving import run_to_end, say_what_is_untold
 from tuning.parent_run import end_orphaned_parents
 from tuning.replay_outcome import ReplayOutcome, conclude_replay
 from tuning.replay_plan import Plan
@@ -104,20 +105,11 @@ def _run(
 
     trials = ReplayTrials(plan, replay, shards, store, checkpoint, stop, tell)
     slots = min(runs_at_a_time(config), len(plan.arms))
-    try:
-        interrupts.wait(
-            lambda: run_trials(trials, config.parallel, uses_gpu(config), slots, replay.folder.path, stop), ask
-        )
-    except KeyboardInterrupt:
-        import ray
-
-        # The trials with it: nothing must be written any more when their runs are ended.
-        ray.shutdown()
-        raise
-    finally:
-        trials.close()
-    if trials.untold:
-        print_line(console, f"MLflow could not be told of {len(trials.untold)} trials: {', '.join(trials.untold)}")
+    parallel, gpu = config.parallel, uses_gpu(config)
+    run_to_end(
+        lambda: run_trials(trials, parallel, gpu, slots, replay.folder.path, stop), interrupts, ask, trials.close
+    )
+    say_what_is_untold(trials.untold, console)
     if trials.failure is not None:
         raise trials.failure
     return _Done(trials.done, trials.samples, asked.is_set())

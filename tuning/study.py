@@ -30,6 +30,7 @@ from tuning import commands
 from tuning.arguments import StudyArguments
 from tuning.blocks import Blocks, blocks_of
 from tuning.cost import Cost, block_cost
+from tuning.driving import run_to_end, say_what_is_untold
 from tuning.outcome import Outcome, conclude
 from tuning.parent_run import end_orphaned_parents
 from tuning.study_config import StudyConfig
@@ -126,20 +127,13 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
             parallel = setting.config.parallel
             run_trials(trials, parallel, uses_gpu(setting.config), cost.slots, study_run.folder.path, stop)
 
-        started = time.monotonic()
-        try:
-            interrupts.wait(work, ask)
-        except KeyboardInterrupt:
-            import ray
-
-            # The trials with it: nothing must be written any more when their runs are ended.
-            ray.shutdown()
-            raise
-        finally:
+        def close() -> None:
             trials.close()
             study_run.progress.add_minutes((time.monotonic() - started) / 60)
-    if trials.untold:
-        _print(console, f"MLflow could not be told of {len(trials.untold)} trials: {', '.join(trials.untold)}")
+
+        started = time.monotonic()
+        run_to_end(work, interrupts, ask, close)
+    say_what_is_untold(trials.untold, console)
     if trials.failure is not None:
         raise trials.failure
     return asked

@@ -31,6 +31,7 @@ from pipelines.views import STUDIES
 from tuning import commands
 from tuning.arguments import SweepArguments
 from tuning.comparison.page import PAGE
+from tuning.driving import run_to_end, say_what_is_untold
 from tuning.parent_run import end_orphaned_parents
 from tuning.sweep_config import AshaSchedulerConfig, PbtSchedulerConfig, SweepConfig
 from tuning.sweep_loading import SweepPlan, load_sweep, trial_config
@@ -155,20 +156,13 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
                 at_once=population or 1,
             )
 
-        started = time.monotonic()
-        try:
-            interrupts.wait(work, ask)
-        except KeyboardInterrupt:
-            import ray
-
-            # The trials with it: nothing must be written any more when their runs are ended.
-            ray.shutdown()
-            raise
-        finally:
+        def close() -> None:
             trials.close()
             sweep_run.progress.add_minutes((time.monotonic() - started) / 60)
-    if trials.untold:
-        print_line(console, f"MLflow could not be told of {len(trials.untold)} trials: {', '.join(trials.untold)}")
+
+        started = time.monotonic()
+        run_to_end(work, interrupts, ask, close)
+    say_what_is_untold(trials.untold, console)
     if trials.failure is not None:
         raise trials.failure
     if queue.exhausted is not None:
