@@ -15,8 +15,9 @@ class BlowUp:
     diverged in any case (`tuning.measures`), so that this changes no verdict but of a run that would have come back.
     """
 
-    def __init__(self) -> None:
-        self._first: float | None = None
+    def __init__(self, first: float | None = None) -> None:
+        """``first``: the loss of its first step, where a trial goes on from a later one."""
+        self._first = first
         self._above = 0
 
     def see(self, loss: float) -> str | None:

@@ -81,10 +81,10 @@ def ranked(found: Sequence[Configuration], objective: ObjectiveConfig) -> list[C
     def key(configuration: Configuration) -> tuple[float, ...]:
         kind = _ORDER.index(configuration.outcome)
         loss = configuration.mean(LOSS)
-        broken = [by for by in configuration.violations(objective).values() if by > 0]
-        steps = fmean(trial.step for trial in configuration.trials)
-        far = 0.0 if configuration.outcome == "finished" else -steps
-        return (kind, sum(broken), far, loss if loss is not None else float("inf"), configuration.number)
+        finished = configuration.outcome == "finished"
+        broken = sum(by for by in configuration.violations(objective).values() if by > 0) if finished else 0.0
+        far = 0.0 if finished else -fmean(trial.step for trial in configuration.trials)
+        return (kind, broken, far, loss if loss is not None else float("inf"), configuration.number)
 
     return sorted(found, key=key)
 

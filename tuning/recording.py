@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines.loop import StepDone
 from pipelines.run_folder import RunFolder
-from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter, live
+from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter, live, records_of_step
 from tuning.series import Series
 
 # Of all that a step reports, what measures are made of; MLflow has the rest, not of every step.
@@ -28,7 +28,7 @@ class SeriesRecorder:
     def __init__(self, folder: RunFolder, steps: int) -> None:
         """``steps``: optimizer steps that the schedule has."""
         self._steps = steps
-        self._file = folder.path / "steps.jsonl"
+        self._file = _steps_file(folder)
         self._writer = SpoolWriter(self._file)
 
     def add(self, done: StepDone) -> None:
@@ -57,6 +57,16 @@ class SeriesRecorder:
     def close(self) -> None:
         """Finish the file."""
         self._writer.close()
+
+
+def _steps_file(folder: RunFolder) -> Path:
+    return folder.path / "steps.jsonl"
+
+
+def first_loss(folder: RunFolder) -> float | None:
+    """The training loss of a trial's first step, nats per token; None if it did not come so far, or was not finite."""
+    records = records_of_step(_steps_file(folder), 1)
+    return next((record.metrics.get("train/loss") for record in records if record.kind == TRAIN), None)
 
 
 def series_file(folder: RunFolder) -> Path:

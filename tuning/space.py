@@ -91,9 +91,13 @@ def neighbour(space: Space, values: Values, source: random.Random, resample_prob
         elif isinstance(dimension, ChoiceDimension | GridDimension):
             place = dimension.values.index(values[key]) + source.choice((-1, 1))
             near[key] = dimension.values[min(max(place, 0), len(dimension.values) - 1)]
+        elif isinstance(dimension, IntDimension):
+            factor = source.choice((0.8, 1.2))
+            # At least by 1: rounding would leave a small one where it is for ever.
+            by = max(1, abs(round(values[key] * (factor - 1))))
+            near[key] = min(max(values[key] + (by if factor > 1 else -by), dimension.low), dimension.high)
         else:
-            moved = rounded(values[key] * source.choice((0.8, 1.2)), dimension.low, dimension.high)
-            near[key] = round(moved) if isinstance(dimension, IntDimension) else moved
+            near[key] = rounded(values[key] * source.choice((0.8, 1.2)), dimension.low, dimension.high)
     return near
 
 

@@ -104,8 +104,8 @@ def in_order(space: Mapping[str, _Dimension]) -> list[str]:
             key = waiting[0]
             others = [other for other in space[key].when if other not in space]
             if others:
-                raise ValueError(f"{key}.when: {others[0]!r} is no key of the space: {', '.join(space)}")
-            raise ValueError(f"{key}.when: the conditions of {', '.join(waiting)} wait for each other")
+                raise ValueError(f"space.{key}.when: {others[0]!r} is no key of the space: {', '.join(space)}")
+            raise ValueError(f"space.{key}.when: the conditions of {', '.join(waiting)} wait for each other")
         ordered += ready
         waiting = [key for key in waiting if key not in ordered]
     return ordered
@@ -125,6 +125,8 @@ def check_space(space: Mapping[str, _Dimension], *, grid: bool) -> None:
             above = space[other]
             if not isinstance(above, ChoiceDimension | GridDimension):
                 raise ValueError(f"space.{key}.when.{other}: should name a key of kind choice or grid")
+            if not wanted:
+                raise ValueError(f"space.{key}.when.{other}: should list values with which {key} is set, and is empty")
             if impossible := [value for value in wanted if value not in above.values]:
                 raise ValueError(f"space.{key}.when.{other}: {impossible[0]!r} is none of {above.values}")
         is_list = isinstance(dimension, ChoiceDimension | GridDimension)

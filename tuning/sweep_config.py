@@ -164,6 +164,12 @@ class SweepConfig(Config):
             raise ValueError("budget: should have trials, tokens or minutes, for this searcher never ends by itself")
         if (self.searcher.kind == "multi_objective") != bool(self.objective.further):
             raise ValueError("objective.further: goes with searcher.kind=multi_objective, and only with that")
+        if self.budget.trials is not None and self.budget.trials < self.seeds:
+            raise ValueError(
+                f"budget.trials: should be at least seeds ({self.seeds}), for one configuration takes those"
+            )
+        if self.confirm is not None and self.confirm.seeds <= self.seeds:
+            raise ValueError(f"confirm.seeds: should be above seeds ({self.seeds}), or the final has nothing to train")
         return self
 
     @model_validator(mode="after")

@@ -131,7 +131,8 @@ class SweepJournal:
 
 def _lines(path: Path) -> Iterator[Line]:
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        # Bytes: a kill may cut a character in two, and text has line ends of which JSON knows nothing.
+        texts = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return
     for text in texts:

@@ -170,6 +170,11 @@ def _refuse_unequal_text(sweep: SweepConfig, configs: Sequence[RunConfig]) -> No
             "tokens and their losses could not be compared"
         )
     batches = {config.data.global_batch_size for config in configs}
+    if len(batches) > 1 and sweep.budget.tokens is not None:
+        raise UserError(
+            "budget.tokens: cannot be counted where data.global_batch_size is in the space; all trials read "
+            "budget.tokens_per_trial tokens, so give budget.trials"
+        )
     if len(batches) > 1 and not isinstance(sweep.scheduler, NoSchedulerConfig):
         raise UserError(
             "scheduler.kind: should be none where data.global_batch_size is in the space, for trials that are "
@@ -212,12 +217,18 @@ def _rungs(sweep: SweepConfig, configs: Sequence[RunConfig]) -> list[int]:
 
 
 def _refuse_hidden_keys(sweep: SweepConfig) -> None:
-    """What the space sets has no effect below it."""
+    """What the space sets has no effect below it, nor the steps where tokens are given."""
     layers = {"config": sweep.config, SETTINGS: settings_tree(sweep.settings)}
     for layer, tree in layers.items():
+        if sweep.budget.tokens_per_trial is not None and _sets(tree, "schedule.steps"):
+            raise UserError(f"{layer}: schedule.steps has no effect beside budget.tokens_per_trial; leave one out")
         for key in sweep.space:
-            inner: Any = tree
-            for part in key.split("."):
-                inner = inner.get(part) if isinstance(inner, dict) else None
-            if inner is not None and not sweep.space[key].when:
+            if _sets(tree, key) and not sweep.space[key].when:
                 raise UserError(f"{layer}: {key} has no effect, for the space sets it in all trials; leave it out")
+
+
+def _sets(tree: Tree, key: str) -> bool:
+    inner: Any = tree
+    for part in key.split("."):
+        inner = inner.get(part) if isinstance(inner, dict) else None
+    return inner is not None

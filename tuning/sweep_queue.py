@@ -60,6 +60,9 @@ class SweepQueue:
                 Next(number, seed, values, "search") for seed in self._seeds(plan.config.seeds) if seed not in known
             ]
         self._final: bool = any(trial.phase == "final" for trial in begun)
+        if self._final and plan.config.confirm is not None:
+            # Of a final that was interrupted, those that were not begun yet.
+            self._waiting += self._finalists(plan.config.confirm.top, plan.config.confirm.seeds)
         self.exhausted: str | None = None
         """Why no further configuration is begun, once that is so."""
 
@@ -158,12 +161,14 @@ class SweepQueue:
         return fmean(ended) if ended else None
 
     def _finalists(self, top: int, seeds: int) -> list[Next]:
-        found = [one for one in configurations(self._journal.trials.values()) if one.outcome == "finished"]
+        # By the search alone, so that a final that goes on has the same configurations in it.
+        found = [one for one in configurations(self._searched()) if one.outcome == "finished"]
         best = ranked(found, self._plan.config.objective)[:top]
+        begun = {(trial.begun.number, trial.begun.seed) for trial in self._journal.trials.values()}
         # Seed by seed, so that what is interrupted is paired as far as it goes.
         return [
             Next(one.number, seed, one.values, "final")
             for seed in self._seeds(seeds)
             for one in best
-            if seed not in one.seeds
+            if (one.number, seed) not in begun
         ]

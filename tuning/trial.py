@@ -8,6 +8,7 @@ so that Tune starts, restarts and ends the gang as one. Nested Ray Train runs wo
 import math
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -121,7 +122,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Go on from there. A trial whose own state it is finds it by itself."""
         path = (checkpoint or {}).get(_CHECKPOINT)
-        if path is not None and self._next is not None and not path.startswith(self._next["run_folder"]):
+        if path is not None and self._next is not None and not Path(path).is_relative_to(self._next["run_folder"]):
             self._next = {**self._next, "take_over": path}
 
     def cleanup(self) -> None:

@@ -18,7 +18,7 @@ from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.shards import open_shards
 from tuning.blow_up import BlowUp
-from tuning.recording import SeriesRecorder, series_file
+from tuning.recording import SeriesRecorder, first_loss, series_file
 
 
 class TrialJob(TypedDict):
@@ -80,7 +80,7 @@ class TrialRank:
         self._step, self._schedule_steps = 0, config.steps
         self._until = job.get("until_step", config.steps)
         self._rungs = frozenset(job.get("rungs", ()))
-        self._watch = BlowUp() if job.get("end_early") else None
+        self._watch = BlowUp(first_loss(self._folder)) if job.get("end_early") else None
         if "take_over" in job and self.rank == 0:
             adopt(self._folder.checkpoints, Path(job["take_over"]))
         ranks, shards = self._ranks_for(config), open_shards(Path(job["shards"]))

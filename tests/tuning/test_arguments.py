@@ -1,10 +1,10 @@
-"""The arguments of `study`, whatever the study is."""
+"""The arguments of this wing's commands, whatever they are to run."""
 
 import pytest
 
 from pipelines.command_line import parse
 from pipelines.errors import UserError
-from tuning.arguments import CompareArguments, ReplayArguments, StudyArguments
+from tuning.arguments import CompareArguments, ReplayArguments, StudyArguments, SweepArguments
 
 
 def study(*argv: str) -> StudyArguments:
@@ -76,5 +76,39 @@ def test_a_comparison_is_of_two_runs_at_least() -> None:
     assert parse(CompareArguments, ["a", "--out", "x.html", "b"], "compare").runs == ["a", "b"]
     with pytest.raises(UserError, match="a comparison takes at least two runs, not a alone"):
         parse(CompareArguments, ["a"], "compare")
-    with pytest.raises(UserError, match="the following arguments are required"):
+    with pytest.raises(UserError, match="at least two runs, or a sweep: steadymoe compare --sweep latest"):
         parse(CompareArguments, [], "compare")
+    assert parse(CompareArguments, ["--sweep", "latest"], "compare").sweep == "latest"
+    with pytest.raises(UserError, match="--sweep compares the trials of a sweep; leave out a"):
+        parse(CompareArguments, ["a", "--sweep", "latest"], "compare")
+
+
+def sweep(*argv: str) -> SweepArguments:
+    return parse(SweepArguments, argv, "sweep")
+
+
+def test_what_is_given_in_place_of_the_sweep_s_own_budget() -> None:
+    assert sweep("stability").changed == {}
+    given = sweep("stability", "--trials", "3", "--budget-minutes", "0.5", "--set", "seed=1")
+    assert (given.changed, given.settings) == ({"budget": {"minutes": 0.5, "trials": 3}}, ["seed=1"])
+    assert sweep("--resume", "stability-1", "--trials", "9").changed == {"budget": {"trials": 9}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["a", "b"], "one sweep at a time; leave out b"),
+        (["--resume", "x", "a"], "--resume takes the sweep as it was begun, so no name may be given; leave out a"),
+        (["--resume", "x", "--set", "seed=1"], "--set: a sweep that goes on keeps its config"),
+        (["--resume", "x", "--print-config"], "--print-config shows what a sweep expands to, so it does not go with"),
+        (["--trials", "3"], "no sweep given; name one, for example: steadymoe sweep stability"),
+        (["a", "--trials", "0"], "--trials 0: should be greater than 0"),
+        (["a", "--budget-minutes", "nan"], "--budget-minutes nan: should be"),
+        (["a", "--seeds", "3"], "unrecognized arguments: --seeds"),
+    ],
+)
+def test_what_does_not_go_together_in_a_sweep_is_one_line(argv: list[str], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        sweep(*argv)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)

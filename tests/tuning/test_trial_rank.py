@@ -1,16 +1,19 @@
 """Trials that follow each other in one process: each is the run that it would be alone."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipelines.config import RunConfig
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.run_lock import is_written_to
 from tests.distributed import run_distributed
 from tests.tuning.jobs import ABSURD, OTHER, PAIR, by_the_loop, losses_in_series, recorded, rounded, trial_job
+from tuning.outcome import measure_trial
 from tuning.recording import read_series
 from tuning.trial_rank import Progress, TrialJob, TrialRank, reset_process
 
@@ -174,3 +177,96 @@ def test_a_technique_that_the_run_did_not_have_begins_without_a_past(tmp_path: P
     assert "it lacks: stability.clip." in (refused.reason or "")
     assert _run(TrialRank(0), {**job, "fresh": ["stability.clip."]}) == Ending("finished", 8)
     assert recorded(tmp_path / "zclip")["train"].keys() == {5, 6, 7, 8}
+
+
+def _all_progress(rank: TrialRank, job: TrialJob) -> list[Progress]:
+    rank.begin(job)
+    found = [rank.advance(5)]
+    while found[-1].ending is None:
+        found.append(rank.advance(5))
+    return found
+
+
+def test_a_trial_stands_still_at_its_rungs_and_trains_as_if_there_were_none(tmp_path: Path) -> None:
+    at_rungs = trial_job(tmp_path / "rungs", "validation.at_steps=[4,10,11]")
+    found = _all_progress(TrialRank(0), {**at_rungs, "rungs": [4, 10, 11]})
+    assert [(progress.step, progress.rung_loss is not None) for progress in found] == [
+        (4, True),
+        (9, False),
+        (10, True),
+        (11, True),
+        (12, False),
+    ]
+    _run(TrialRank(0), trial_job(tmp_path / "plain", "validation.every_steps=1"))
+    rungs, plain = recorded(tmp_path / "rungs"), recorded(tmp_path / "plain")
+    assert rungs["train"] == plain["train"]  # a validation leaves no trace in training
+    assert rungs["validation"] == {step: plain["validation"][step] for step in (4, 5, 10, 11, 12)}
+    losses = {progress.step: progress.rung_loss for progress in found if progress.rung_loss is not None}
+    assert losses == {step: plain["validation"][step]["val/loss"] for step in (4, 10, 11)}
+
+
+# Finite for ever, and far above where it began.
+RISEN = (
+    "optimizer.lr=3",
+    "schedule.warmup_steps=0",
+    "schedule.steps=60",
+    "stability.clip={kind: none}",
+    "response={kind: record}",
+    "validation.every_steps=60",
+)
+
+
+def test_a_loss_that_has_risen_for_good_ends_a_trial_early_with_finite_measures(tmp_path: Path) -> None:
+    job: TrialJob = {**trial_job(tmp_path / "risen", *RISEN, "checkpoint.every_steps=0"), "end_early": True}
+    ending = _run(TrialRank(0), job)
+    assert ending.outcome == "diverged"
+    assert ending.step == 9  # under a sixth of its steps
+    assert "times the first" in (ending.reason or "")
+    config = RunConfig.model_validate(job["config"])
+    losses = losses_in_series(tmp_path / "risen")
+    assert len(losses) == ending.step
+    measures = measure_trial(RunFolder(tmp_path / "risen"), config)
+    assert all(map(math.isfinite, measures.values()))
+    assert (measures["diverged"], measures["val_loss"]) == (1.0, pytest.approx(losses[0], rel=1e-5))
+    # Nothing but that ends it, so a trial that was not to be ended goes on.
+    rank = TrialRank(0)
+    rank.begin({**job, "run_folder": str(tmp_path / "on"), "end_early": False})
+    assert rank.advance(15) == Progress(15)
+    rank.close()
+
+
+def test_a_trial_that_goes_on_is_held_against_the_loss_of_its_first_step(tmp_path: Path) -> None:
+    job: TrialJob = {**trial_job(tmp_path / "cut", *RISEN, "checkpoint.every_steps=4"), "end_early": True}
+    killed = TrialRank(0)
+    killed.begin(job)
+    assert killed.advance(5) == Progress(5)
+    killed.close()
+    ending = _run(TrialRank(0), job)
+    # It is far above that from the first step on that it repeats, 5, and not above what it has there.
+    assert (ending.outcome, ending.step) == ("diverged", 12)
+
+
+def test_a_trial_that_takes_a_state_over_goes_on_from_it_at_its_own_rate(tmp_path: Path) -> None:
+    short = ("schedule.steps=8", "validation.every_steps=8")
+    donor, own = trial_job(tmp_path / "donor", *short), trial_job(tmp_path / "own", *short, "optimizer.lr=5.0e-3")
+    _run(TrialRank(0), donor)
+    checkpoint = RunFolder(tmp_path / "donor").checkpoints / "step-00000004"
+    rank = TrialRank(0)
+    rank.begin(own)
+    assert rank.advance(4) == Progress(4)
+    assert _run(rank, {**own, "take_over": str(checkpoint)}) == Ending("finished", 8)
+    taken, given = recorded(tmp_path / "own")["train"], recorded(tmp_path / "donor")["train"]
+    assert sorted(taken) == list(range(1, 9))
+    # Up to there it was another; from there on it has the donor's weights, bit for bit: the same batch says so.
+    assert taken[4]["train/loss"] != given[4]["train/loss"]
+    assert taken[5]["train/loss"] == given[5]["train/loss"]
+    assert taken[5]["train/grad_norm"] == given[5]["train/grad_norm"]
+    # Its own rate: with the donor's, which an optimizer's state can bring along, the update would be the donor's too.
+    ratio = 5.0e-3 / RunConfig.model_validate(donor["config"]).optimizer.lr
+    assert abs(ratio - 1) > 0.2
+    assert taken[5]["train/lr"] / given[5]["train/lr"] == pytest.approx(ratio)
+    assert taken[5]["train/update_norm"] / given[5]["train/update_norm"] == pytest.approx(ratio, rel=1e-3)
+    assert taken[6]["train/loss"] != given[6]["train/loss"]
+    # The rate is all that is its own: at the donor's it does what the donor did.
+    _run(rank, {**donor, "run_folder": str(tmp_path / "same"), "take_over": str(checkpoint)})
+    assert recorded(tmp_path / "same")["train"] == {step: given[step] for step in (5, 6, 7, 8)}

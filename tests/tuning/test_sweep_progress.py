@@ -1,0 +1,67 @@
+"""What a user sees while a sweep runs."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tests.tuning.sweep_file import begin, end, plan_of
+from tuning.sweep_journal import SweepJournal
+from tuning.sweep_progress import SweepProgress
+from tuning.sweep_queue import SweepQueue
+
+FOUR: dict[str, Any] = {"space": {"optimizer.lr": {"kind": "grid", "values": [0.001, 0.002, 0.003, 0.004]}}}
+
+
+def test_every_trial_that_ends_has_a_line_with_how_many_there_are_and_the_best_so_far(tmp_path: Path) -> None:
+    plan, journal = plan_of(tmp_path, FOUR), SweepJournal(tmp_path / "trials.jsonl")
+    queue, out, steps = SweepQueue(plan, journal, 2, 1000, 0.0), io.StringIO(), dict[str, int]()
+
+    with SweepProgress(plan, journal, queue, steps, Console(file=out, width=200)) as progress:
+
+        def ended(number: int, *arguments: Any, **more: Any) -> None:
+            name = names[number]
+            end(journal, name, *arguments, **more)
+            steps.pop(name)
+            known = journal.trials[name]
+            assert known.ended is not None
+            progress.trial_ended(plan.label(known.values), known.ended)
+
+        names = [begin(journal, number) for number in (0, 1)]
+        steps.update(dict.fromkeys(names, 5))
+        ended(1, 5.5, "diverged", step=9)
+        names.append(begin(journal, 2))
+        steps[names[2]] = 0
+        ended(0, 3.25, seconds=12.4)
+        names.append(begin(journal, 3))
+        steps[names[3]] = 0
+        ended(2, 4.0, "pruned", step=32)
+        ended(3, None, "failed", step=0)
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert lines == [
+        "[1/4] lr=0.002 val 5.5000 DIVERGED 10 s none finished yet",
+        "[2/4] lr=0.001 val 3.2500 12 s best 3.2500 at lr=0.001",
+        "[3/4] lr=0.003 val 4.0000 pruned at 32 10 s best 3.2500 at lr=0.001",
+        "[4/4] lr=0.004 val - FAILED 10 s best 3.2500 at lr=0.001",
+    ]
+
+
+def test_a_terminal_shows_what_runs_the_best_three_and_what_is_left(tmp_path: Path) -> None:
+    plan, journal = plan_of(tmp_path, FOUR), SweepJournal(tmp_path / "trials.jsonl")
+    now = 0.0
+    queue = SweepQueue(plan, journal, 1, 1000, 60.0, lambda: now)
+    for number, loss in enumerate((3.0, 2.0)):
+        end(journal, begin(journal, number), loss, seconds=90.0)
+    steps = {begin(journal, 2): 1234}
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True, color_system=None)
+    with SweepProgress(plan, journal, queue, steps, console):
+        pass
+    text = out.getvalue()
+    shown = [" ".join(line.split()) for line in text.splitlines()]
+    assert any("runs trial-02-s0 step 1,234 of 100 lr=0.003" in line for line in shown)
+    assert any(line.startswith("1. val 2.0000 1 seed(s) lr=0.002") for line in shown)
+    assert any(line.startswith("2. val 3.0000 1 seed(s) lr=0.001") for line in shown)
+    # One to begin and one at work, of 90 seconds each.
+    assert any("1:00 so far, 1 trials to begin, about 3:00 left" in line for line in shown)
