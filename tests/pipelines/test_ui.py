@@ -1,24 +1,13 @@
 """What a person sees who opens the links that a run prints: real runs, a real MLflow server, a real browser."""
 
 import io
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
-from selenium import webdriver
-from selenium.common.exceptions import (
-    ElementClickInterceptedException,
-    NoSuchElementException,
-    StaleElementReferenceException,
-)
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
 
 from pipelines.home import HOME_VARIABLE
 from pipelines.run_folder import RunFolder
@@ -27,23 +16,14 @@ from pipelines.summary import print_summary
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import open_store
 from pipelines.views import TRAINING
+from tests.pipelines.browser import NEEDS_A_BROWSER, Page
 from tests.pipelines.mlflow_server import Server
 from tests.pipelines.small_run import metrics_of, run_loop, small_config
 from tests.pipelines.tracked import DATASET
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (BROWSER and DRIVER), reason="no browser: the programs chromium and chromedriver are not on this machine"
-    ),
-]
+pytestmark = [pytest.mark.slow, NEEDS_A_BROWSER]
 
 STEPS = 40
-# A page takes 3 to 10 s on two idle cores.
-PATIENCE_S = 120
 
 # The lines of the chart with this title as plotly has them: name, x and y of each, once those of so many runs are drawn
 # (over more than 100 pixels). The page scrolls on until the chart is there; runs come one by one, some with two lines.
@@ -68,56 +48,6 @@ TITLES = """
 const titles = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"] h4')];
 return titles.length < arguments[0] ? null : titles.map(title => title.title);
 """
-TEXT = """
-const text = document.body.innerText;
-return [...arguments].every(wanted => text.includes(wanted)) && text;
-"""
-
-
-class Page:
-    """A browser with a fresh profile. It waits for content: the pages of this UI never become idle."""
-
-    def __init__(self, profile: Path) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = str(BROWSER)
-        options.add_argument("--headless=new")
-        options.add_argument("--window-size=1400,1000")
-        options.add_argument(f"--user-data-dir={profile}")
-        # In a container /dev/shm may be tiny, and there may be no other user than root, as whom it refuses its sandbox.
-        options.add_argument("--disable-dev-shm-usage")
-        if os.geteuid() == 0:
-            options.add_argument("--no-sandbox")
-        self.browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-
-    def open(self, link: str) -> None:
-        self.browser.get(link)
-
-    def wait(self, script: str, *arguments: Any) -> Any:
-        """What a script returns, as soon as that is something."""
-        return self._until(lambda browser: browser.execute_script(script, *arguments), f"{arguments}: {script}")
-
-    def wait_for_text(self, *texts: str) -> str:
-        """The page's whole text once all of these are in it."""
-        whole: str = self.wait(TEXT, *texts)
-        return whole
-
-    def click(self, text: str) -> None:
-        """Follow the link of this text, into a new tab if it opens one."""
-
-        def follow(browser: webdriver.Chrome) -> bool:
-            browser.find_element(By.LINK_TEXT, text).click()
-            return True
-
-        tabs, address = set(self.browser.window_handles), self.browser.current_url
-        self._until(follow, f"no link {text}")
-        self._until(lambda browser: browser.current_url != address or set(browser.window_handles) - tabs, "no page")
-        for tab in set(self.browser.window_handles) - tabs:
-            self.browser.switch_to.window(tab)
-
-    def _until(self, condition: Callable[[webdriver.Chrome], Any], missing: str) -> Any:
-        # The page may replace an element between finding it and using it.
-        replaced = (NoSuchElementException, StaleElementReferenceException, ElementClickInterceptedException)
-        return WebDriverWait(self.browser, PATIENCE_S, ignored_exceptions=replaced).until(condition, missing)
 
 
 @dataclass(frozen=True)
