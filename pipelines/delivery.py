@@ -24,7 +24,7 @@ from pipelines.run_lock import RunLock
 from pipelines.spike_tracking import EventDelivery
 from pipelines.spool import Record, SpoolReader
 from pipelines.tracking_store import open_store, tracking_uri
-from pipelines.views import publish_views
+from pipelines.view_publishing import publish_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

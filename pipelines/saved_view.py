@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 TAG_PREFIX = "mlflow.sharedViewState."
 
-# Charts that are compared look at the newest so many runs; also what the UI shows of a list without a view.
+# The UI keeps a number with every chart, and draws all runs that are shown all the same.
 _RUNS = 10
-# Three, as the UI would take, are too narrow for their titles on a laptop where its assistant is open, as at first.
-_CHARTS_PER_ROW = 2
-_CHART_HEIGHT = 300
+_NAME_COLUMN = "attributes.`Run Name`"
 _NAMESPACE = uuid.UUID("6d3f3c1e-53b1-4a1a-9b57-0a4f6f1f7a10")
 
 
@@ -27,14 +25,26 @@ class LineChart:
 
     metric: str
     scale: Literal["linear", "log"] = "linear"
+    marks: str | None = None
+    """Another metric on the same axes: points at few steps, joined by dashes in the run's colour."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that it shows."""
+        return (self.metric,) if self.marks is None else (self.metric, self.marks)
+
+    @property
+    def title(self) -> str:
+        """What the UI writes above it."""
+        return " vs ".join(self.metrics)
 
     def to_state(self) -> dict[str, Any]:
         """The UI's fields of this kind of chart."""
         return {
             "type": "LINE",
             "metricKey": self.metric,
-            "selectedMetricKeys": [self.metric],
-            "displayName": self.metric,
+            "selectedMetricKeys": list(self.metrics),
+            "displayName": self.title,
             "scaleType": self.scale,
             "xAxisKey": "step",
             "xAxisScaleType": "linear",
@@ -54,12 +64,93 @@ class BarChart:
 
     metric: str
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that it shows."""
+        return (self.metric,)
+
+    @property
+    def title(self) -> str:
+        """What the UI writes above it."""
+        return self.metric
+
     def to_state(self) -> dict[str, Any]:
         """The UI's fields of this kind of chart."""
         return {"type": "BAR", "metricKey": self.metric, "displayName": self.metric}
 
 
-Chart = LineChart | BarChart
+@dataclass(frozen=True)
+class ParallelChart:
+    """A line a run through an axis for each parameter and metric, coloured by the last metric.
+
+    The UI leaves out a run that lacks one of them, or whose last value of one is not finite; and where most runs have
+    a number, those with a text: parameters of such a kind have no place here.
+    """
+
+    params: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """What the UI writes above it."""
+        return "Parallel Coordinates"
+
+    def to_state(self) -> dict[str, Any]:
+        """The UI's fields of this kind of chart."""
+        return {
+            "type": "PARALLEL",
+            "selectedParams": list(self.params),
+            "selectedMetrics": list(self.metrics),
+            "showAllRuns": True,
+        }
+
+
+@dataclass(frozen=True)
+class ScatterChart:
+    """A dot a run. Axes are named as columns of the table: ``params.optimizer.lr``, ``metrics.final/loss``."""
+
+    x: str
+    y: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that it shows."""
+        return _metrics_of(self.x, self.y)
+
+    @property
+    def title(self) -> str:
+        """What the UI writes above it."""
+        return f"{_name(self.x)} vs. {_name(self.y)}"
+
+    def to_state(self) -> dict[str, Any]:
+        """The UI's fields of this kind of chart."""
+        return {"type": "SCATTER", "xaxis": _axis(self.x), "yaxis": _axis(self.y)}
+
+
+@dataclass(frozen=True)
+class ContourChart:
+    """The colour is a third axis, between the dots of the runs; axes are named as in `ScatterChart`."""
+
+    x: str
+    y: str
+    z: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that it shows."""
+        return _metrics_of(self.x, self.y, self.z)
+
+    @property
+    def title(self) -> str:
+        """What the UI writes above it."""
+        return f"{_name(self.x)} vs. {_name(self.y)} vs. {_name(self.z)}"
+
+    def to_state(self) -> dict[str, Any]:
+        """The UI's fields of this kind of chart."""
+        return {"type": "CONTOUR", "xaxis": _axis(self.x), "yaxis": _axis(self.y), "zaxis": _axis(self.z)}
+
+
+Chart = LineChart | BarChart | ParallelChart | ScatterChart | ContourChart
 
 
 @dataclass(frozen=True)
@@ -68,6 +159,10 @@ class Section:
 
     title: str
     charts: tuple[Chart, ...]
+    # Three, as the UI would take, are too narrow for their titles on a laptop where its assistant is open, as at first.
+    charts_per_row: int = 2
+    height: int = 300
+    """Of a chart, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +185,10 @@ class View:
     ascending: bool = False
     group_tag: str | None = None
     """Charts show the mean of the runs that have the same in this tag, and the list has them under one heading."""
+    name_width: int = 190
+    """Of the column with the names of runs, in pixels."""
+    all_runs: bool = False
+    """Whether the charts show all runs of the table, rather than the first ten."""
 
     @property
     def tag(self) -> str:
@@ -119,13 +218,13 @@ class View:
                     "isReordered": True,
                     "deleted": False,
                     "isGenerated": False,
-                    "columns": _CHARTS_PER_ROW,
-                    "cardHeight": _CHART_HEIGHT,
+                    "columns": section.charts_per_row,
+                    "cardHeight": section.height,
                 }
             )
             for chart in section.charts:
                 common = {
-                    "uuid": _id(self.key, section.title, chart.metric),
+                    "uuid": _id(self.key, section.title, chart.title),
                     "metricSectionId": id_,
                     "runsCountToCompare": _RUNS,
                     "deleted": False,
@@ -137,12 +236,14 @@ class View:
             "orderByKey": _quoted(self.order_by),
             "orderByAsc": self.ascending,
             "selectedColumns": columns,
-            "columnOrder": ["duration", *columns],
-            "columnWidths": {_quoted(column): _width(column) for column in self.columns},
+            "columnOrder": [_NAME_COLUMN, "duration", *columns],
+            "columnWidths": {_NAME_COLUMN: self.name_width}
+            | {_quoted(column): _width(column) for column in self.columns},
             "compareRunSections": sections,
             "compareRunCharts": charts,
             # Otherwise the UI sorts the sections by name, and puts its own between them.
             "isAccordionReordered": True,
+            "runsHiddenMode": "SHOW_ALL" if self.all_runs else "FIRST_10_RUNS",
         }
         if self.group_tag is not None:
             key = {"mode": "tag", "groupByData": self.group_tag}
@@ -175,6 +276,18 @@ def read_state(tag: str) -> dict[str, Any]:
     return content
 
 
+def _name(column: str) -> str:
+    return column.partition(".")[2]
+
+
+def _metrics_of(*columns: str) -> tuple[str, ...]:
+    return tuple(_name(column) for column in columns if column.startswith("metrics."))
+
+
+def _axis(column: str) -> dict[str, str]:
+    return {"key": _name(column), "type": "METRIC" if column.startswith("metrics.") else "PARAM"}
+
+
 def _compact(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"))
 
@@ -185,7 +298,7 @@ def _id(*names: str) -> str:
 
 def _width(column: str) -> int:
     """Wide enough for the whole name in the table's head; the UI would cut it at about 14 characters."""
-    return max(90, 24 + 8 * len(column.partition(".")[2]))
+    return max(90, 24 + 8 * len(_name(column)))
 
 
 def _quoted(column: str) -> str:

@@ -1,24 +1,11 @@
-"""The saved views that every experiment gets, and how they get there.
+"""The saved views that every experiment gets.
 
 A new view is an entry here. Titles of sections are numbered, names of metrics are the titles of their charts. What may
 explode is on a logarithmic axis: on a linear one, a run at a loss of 60 flattens all others into one line.
 """
 
-import logging
-import time
-from typing import TYPE_CHECKING
-
-from pipelines.errors import first_line
-from pipelines.saved_view import BarChart, LineChart, Section, View, read_state
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-_DESCRIPTION_TAG = "mlflow.note.content"
-# A description that begins so is this module's own.
-_LEAD = "Charts of these runs:"
-
-_log = logging.getLogger(__name__)
+from pipelines.saved_view import BarChart, LineChart, Section, View
+from pipelines.sweep_view import LOAD_BY_LAYER, SWEEPS
 
 _COLUMNS = (
     "metrics.final/loss",
@@ -87,6 +74,7 @@ ROUTING = View(
                 LineChart("moe/max_vio_global_worst"),
                 LineChart("moe/dead_experts"),
                 LineChart("train/balance_loss"),
+                *LOAD_BY_LAYER,
             ),
         ),
         Section(
@@ -280,7 +268,7 @@ REPLAYS = View(
     search="tags.role = 'replay'",
 )
 
-VIEWS = (TRAINING, SPIKES, ROUTING, HEALTH, TECHNIQUES, STUDIES, REPLAYS)
+VIEWS = (TRAINING, SPIKES, ROUTING, HEALTH, TECHNIQUES, SWEEPS, STUDIES, REPLAYS)
 
 # Ten that are easy to tell apart (matplotlib's tab10), as many as runs are on the charts at first. The UI's own choice
 # gave two runs of five the same blue.
@@ -301,39 +289,3 @@ _RUN_COLOURS = (
 def run_colour(number: int) -> str:
     """The colour of a run in the UI: another one than that of the nine runs before it."""
     return _RUN_COLOURS[number % len(_RUN_COLOURS)]
-
-
-def publish_views(client: "MlflowClient", experiment_id: str) -> None:
-    """Give an experiment the views, where it has not got them as they are here, and a description that leads to them.
-
-    A description that somebody has written stays, but a view that somebody has changed is written anew. Never raises
-    what a store may answer: without views a run is as good as with them, so that is a warning.
-    """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    now = time.time_ns() // 1_000_000
-    try:
-        tags = client.get_experiment(experiment_id).tags
-        for view in VIEWS:
-            if not _is_current(view, tags.get(view.tag)):
-                client.set_experiment_tag(experiment_id, view.tag, view.to_tag(now, now))
-        description = _description(experiment_id)
-        known = tags.get(_DESCRIPTION_TAG, "")
-        if known != description and (not known or known.startswith(_LEAD)):
-            client.set_experiment_tag(experiment_id, _DESCRIPTION_TAG, description)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        _log.warning("the saved views of the MLflow UI are not up to date: %s", first_line(error))
-
-
-def _description(experiment_id: str) -> str:
-    """In Markdown. Links without an address lead on from whatever address the UI is looked at under."""
-    links = (f"[{view.name}]({view.link(experiment_id).removeprefix('/')})" for view in VIEWS)
-    return f"{_LEAD} {', '.join(links)}"
-
-
-def _is_current(view: View, tag: str | None) -> bool:
-    try:
-        return tag is not None and read_state(tag) == view.to_state()
-    except ValueError:
-        return False

@@ -22,12 +22,14 @@ from pipelines.loading import dump_config
 from pipelines.orphans import end_orphans
 from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_at_a_time, uses_gpu, worker_environment
 from pipelines.run_folder import RunFolder, find_sweep
+from pipelines.saved_view import View
 from pipelines.shards import Shards
 from pipelines.summary import print_links
+from pipelines.sweep_view import sweep_view
 from pipelines.terminal import print_line
 from pipelines.text import fit_to_text, prepare_shown
 from pipelines.tracking_store import TrackingStore, open_store_in_background, tracking_uri
-from pipelines.views import STUDIES
+from pipelines.view_publishing import publish_sweep_view
 from tuning import commands
 from tuning.arguments import SweepArguments
 from tuning.comparison.page import PAGE
@@ -73,12 +75,14 @@ def run(arguments: SweepArguments) -> int:
         end_orphaned_parents(store)
         end_orphans(store)
         sweep_run = _open(arguments, plan, config, store, resumed)
+        view = sweep_view(sweep_run.info.id, sweep_run.info.name, plan.keys)
+        publish_sweep_view(store.client, sweep_run.info.experiment_id, view)
         with sweep_run:
             stopped = _run(_Setting(plan, sweep_run, shards, config, store, slots), interrupts, console)
             outcome = conclude_sweep(plan, sweep_run)
             if stopped:
                 sweep_run.status = "KILLED"
-    return _tell(sweep_run, outcome, stopped, console)
+    return _tell(sweep_run, outcome, view, stopped, console)
 
 
 def _slots(sweep: SweepConfig, config: RunConfig) -> int:
@@ -210,7 +214,7 @@ def _in_words(plan: SweepPlan, config: RunConfig, slots: int) -> str:
     )
 
 
-def _tell(sweep_run: SweepRun, outcome: SweepOutcome, stopped: bool, console: Console) -> int:
+def _tell(sweep_run: SweepRun, outcome: SweepOutcome, view: View, stopped: bool, console: Console) -> int:
     console.print()
     console.print(outcome.table())
     for sentence in outcome.findings:
@@ -223,7 +227,7 @@ def _tell(sweep_run: SweepRun, outcome: SweepOutcome, stopped: bool, console: Co
     page = sweep_run.folder.figures / PAGE
     if page.exists():
         print_line(console, f"Report    {page}")
-    print_links(sweep_run.folder, STUDIES, console)
+    print_links(sweep_run.folder, view, console)
     if sweep_run.undelivered:
         print_line(console, sweep_run.undelivered)
     if stopped:

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
+from pipelines.flatten import flatten
 from pipelines.loading import SETTINGS, load_config, preset_names, read_document, settings_tree
 from pipelines.problems import explain
+from pipelines.sweep_view import SweptKey, swept_keys
 from tuning.measures import warmup_steps
 from tuning.space import as_tree, corner_points, grid_points, label, random_point, short_names
 from tuning.space_config import Values
@@ -49,6 +51,8 @@ class SweepPlan:
     """A point of the space: what is the same in all trials can be asked of it."""
     first_seed: int
     """The seeds of a configuration count on from it."""
+    keys: tuple[SweptKey, ...]
+    """What differs between its configurations, defaults of another kind of technique included."""
     names: Mapping[str, str]
     """Short names of the keys of the space, for labels."""
 
@@ -158,6 +162,7 @@ def _plan(sweep: SweepConfig) -> SweepPlan:
         points=len(configs) if isinstance(sweep.searcher, GridSearcherConfig) else None,
         probe=points[0],
         first_seed=configs[0].seed,
+        keys=swept_keys(map(flatten, configs)),
         names=short_names(list(sweep.space)),
     )
 

@@ -74,6 +74,15 @@ class Page:
         for tab in set(self.browser.window_handles) - tabs:
             self.browser.switch_to.window(tab)
 
+    def click_away_the_assistant(self) -> None:
+        """Close the panel that the MLflow UI opens in a fresh profile, over a quarter of the page."""
+
+        def close(browser: webdriver.Chrome) -> bool:
+            browser.find_element(By.CSS_SELECTOR, '[data-component-id="mlflow.assistant.chat_panel.close"]').click()
+            return True
+
+        self._until(close, "no assistant")
+
     def errors(self) -> list[str]:
         """What the page has complained of since the last call."""
         entries: list[dict[str, Any]] = self.browser.get_log("browser")  # type: ignore[no-untyped-call]

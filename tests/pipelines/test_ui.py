@@ -18,6 +18,7 @@ from pipelines.tracking_store import open_store
 from pipelines.views import REPLAYS, TRAINING
 from tests.pipelines.browser import NEEDS_A_BROWSER, Page
 from tests.pipelines.driver import run_steadymoe
+from tests.pipelines.mlflow_charts import CHART, TITLES
 from tests.pipelines.mlflow_server import Server
 from tests.pipelines.small_run import metrics_of, run_loop, small_config
 from tests.pipelines.tracked import DATASET
@@ -25,36 +26,12 @@ from tests.pipelines.tracked import DATASET
 pytestmark = [pytest.mark.slow, NEEDS_A_BROWSER]
 
 STEPS = 40
-
-# The lines of the chart with this title as plotly has them: name, x and y of each, once those of so many runs are drawn
-# (over more than 100 pixels). The page scrolls on until the chart is there; runs come one by one, some with two lines.
-CHART = """
-const cards = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')];
-const card = cards.find(card => card.querySelector('h4')?.title === arguments[0]);
-if (!card) {
-  // A chart is made when its place comes into sight.
-  document.querySelector('[data-testid="experiment-view-compare-runs-chart-area"]')?.scrollBy(0, 300);
-  return null;
-}
-card.scrollIntoView({block: 'center'});
-const plot = card.querySelector('.js-plotly-plot');
-const lines = (plot?.data ?? []).filter(line => line.x?.length);
-const paths = [...card.querySelectorAll('.scatterlayer path.js-line')];
-const width = Math.max(0, ...paths.map(path => path.getBoundingClientRect().width));
-if (new Set(lines.map(line => line.name)).size < arguments[1] || width <= 100) return null;
-return lines.map(line => [line.name, Array.from(line.x), Array.from(line.y)]);
-"""
 # Whether the page has a chart with this title, scrolling on until it has.
 IS_THERE = """
 const titles = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"] h4')];
 if (titles.some(title => title.title === arguments[0])) return true;
 document.querySelector('[data-testid="experiment-view-compare-runs-chart-area"]')?.scrollBy(0, 300);
 return false;
-"""
-# Titles of the charts that the page has by now, once there are so many: those further down appear as one scrolls.
-TITLES = """
-const titles = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"] h4')];
-return titles.length < arguments[0] ? null : titles.map(title => title.title);
 """
 
 
@@ -150,7 +127,7 @@ def test_the_view_opens_with_its_sections_and_charts_in_order(runs: Runs, page: 
     text = page.wait_for_text("5 Final figures", *sections, *runs.folders)
     places = [text.index(title) for title in sections]
     assert places == sorted(places)
-    first = [chart.metric for section in TRAINING.sections[:2] for chart in section.charts]
+    first = [chart.title for section in TRAINING.sections[:2] for chart in section.charts]
     assert page.wait(TITLES, 4)[:4] == first[:4]
     assert all(isinstance(chart, LineChart) for chart in TRAINING.sections[0].charts)
     assert "error" not in page.wait_for_text("5 Final figures").lower()

@@ -1,28 +1,32 @@
 """The saved views as MLflow keeps them; what the UI makes of them is in test_ui.py."""
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow.utils.validation import MAX_EXPERIMENT_TAG_VAL_LENGTH
 
-from pipelines import views
 from pipelines.ending import ending_of
 from pipelines.flatten import flatten
 from pipelines.outbox import Outbox
 from pipelines.run_folder import RunFolder
-from pipelines.saved_view import BarChart, LineChart, Section, View, read_state
+from pipelines.saved_view import (
+    BarChart,
+    ContourChart,
+    LineChart,
+    ParallelChart,
+    ScatterChart,
+    Section,
+    View,
+    read_state,
+)
 from pipelines.spool import SpoolReader
-from pipelines.tracking_store import TrackingStore
-from pipelines.views import HEALTH, ROUTING, SPIKES, TECHNIQUES, TRAINING, VIEWS, publish_views
+from pipelines.sweep_view import FIGURES, LOAD_BY_LAYER, SWEEPS
+from pipelines.views import HEALTH, ROUTING, SPIKES, TECHNIQUES, TRAINING, VIEWS
 from tests.pipelines.small_run import run_loop, small_config
 
-NOTE = "mlflow.note.content"
-
-
-MONITORED = ("monitors.every_steps=4",)
+MONITORED = ("monitors.every_steps=4", "tracking.per_layer=true")
 # Every technique that has figures of its own; they go together.
 WITH_TECHNIQUES = (
     *MONITORED,
@@ -36,6 +40,8 @@ WITH_TECHNIQUES = (
 )
 
 
+BY_LAYER = {chart.metric for chart in LOAD_BY_LAYER}
+
 # Limits that noise exceeds: training goes back once, and then the run is ended.
 WITH_SPIKES = (
     "schedule.steps=60",
@@ -46,7 +52,7 @@ WITH_SPIKES = (
 
 @pytest.mark.parametrize(
     ("seen", "settings"),
-    [((TRAINING, ROUTING, HEALTH), MONITORED), ((SPIKES,), WITH_SPIKES), ((TECHNIQUES,), WITH_TECHNIQUES)],
+    [((TRAINING, ROUTING, HEALTH), MONITORED), ((SPIKES, SWEEPS), WITH_SPIKES), ((TECHNIQUES,), WITH_TECHNIQUES)],
 )
 @pytest.mark.usefixtures("home")
 def test_a_run_records_every_metric_and_parameter_that_is_on_a_view(
@@ -58,15 +64,20 @@ def test_a_run_records_every_metric_and_parameter_that_is_on_a_view(
     outbox.add(SpoolReader(folder.spool).read())
     recorded = {name for record in outbox.due(everything=True) for name in record.metrics}
     recorded |= ending_of(folder, None, "FINISHED", None)["metrics"].keys()
+    # The engine of sweeps adds to what a run records.
+    recorded |= set(FIGURES)
+    # For models of more layers.
+    may_lack = {chart.metric for chart in LOAD_BY_LAYER[1:]} if "tracking.per_layer=true" in settings else BY_LAYER
     columns = {f"metrics.{name}" for name in recorded} | {f"params.{name}" for name in flatten(small_config())}
-    columns.add("attributes.Models")
+    columns |= {"attributes.Models", "tags.sweep", "tags.outcome"}
     for view in seen:
-        assert {chart.metric for section in view.sections for chart in section.charts} <= recorded
+        charts = [chart for section in view.sections for chart in section.charts]
+        assert {metric for chart in charts for metric in chart.metrics} - may_lack <= recorded
         assert set(view.columns) <= columns
         # One-dot lines, or a bar of the last step alone, tell nothing.
-        for section in view.sections:
-            for chart in section.charts:
-                assert isinstance(chart, BarChart) == chart.metric.startswith("final/")
+        for chart in charts:
+            if isinstance(chart, BarChart | LineChart):
+                assert isinstance(chart, BarChart) == chart.metric.startswith(("final/", "sweep/"))
 
 
 def test_the_views_fit_into_a_tag_and_differ_in_key_and_name() -> None:
@@ -75,6 +86,27 @@ def test_the_views_fit_into_a_tag_and_differ_in_key_and_name() -> None:
     for view in VIEWS:
         ids = [part["uuid"] for kind in ("compareRunSections", "compareRunCharts") for part in view.to_state()[kind]]
         assert len(set(ids)) == len(ids)
+
+
+def test_a_chart_has_the_fields_that_the_ui_reads() -> None:
+    line = LineChart("train/loss", "log", marks="spike/loss_at_spike")
+    assert (line.title, line.metrics) == ("train/loss vs spike/loss_at_spike", ("train/loss", "spike/loss_at_spike"))
+    assert line.to_state()["selectedMetricKeys"] == ["train/loss", "spike/loss_at_spike"]
+    parallel = ParallelChart(("optimizer.lr",), ("a/b", "c/d")).to_state()
+    assert (parallel["type"], parallel["showAllRuns"]) == ("PARALLEL", True)
+    assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (["optimizer.lr"], ["a/b", "c/d"])
+    lr, loss = {"key": "optimizer.lr", "type": "PARAM"}, {"key": "final/loss", "type": "METRIC"}
+    scatter = ScatterChart("params.optimizer.lr", "metrics.final/loss")
+    assert scatter.metrics == ("final/loss",)
+    assert scatter.to_state() == {"type": "SCATTER", "xaxis": lr, "yaxis": loss}
+    contour = ContourChart("params.optimizer.lr", "metrics.final/loss", "metrics.final/spikes").to_state()
+    assert (contour["type"], contour["xaxis"], contour["yaxis"]) == ("CONTOUR", lr, loss)
+    assert contour["zaxis"] == {"key": "final/spikes", "type": "METRIC"}
+
+
+def test_a_view_shows_all_runs_or_the_first_ten() -> None:
+    assert TRAINING.to_state()["runsHiddenMode"] == "FIRST_10_RUNS"
+    assert replace(TRAINING, all_runs=True).to_state()["runsHiddenMode"] == "SHOW_ALL"
 
 
 def test_a_view_groups_runs_by_a_tag_as_the_ui_does() -> None:
@@ -118,52 +150,3 @@ def test_a_view_is_a_tag_of_the_form_that_the_ui_reads() -> None:
 def test_a_tag_that_is_no_view_is_told_from_one(broken: str) -> None:
     with pytest.raises(ValueError):
         read_state(broken)
-
-
-def test_views_are_written_once_and_again_when_they_change(
-    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experiment = store.experiment_id("steadymoe")
-
-    def tags() -> dict[str, str]:
-        return dict(store.client.get_experiment(experiment).tags)
-
-    publish_views(store.client, experiment)
-    first = tags()
-    assert {view.tag for view in VIEWS} <= first.keys()
-    assert read_state(first[TRAINING.tag]) == TRAINING.to_state()
-    publish_views(store.client, experiment)
-    assert tags() == first
-    store.client.set_experiment_tag(experiment, ROUTING.tag, "{broken")
-    changed = replace(TRAINING, search="")
-    monkeypatch.setattr(views, "VIEWS", (changed, ROUTING))
-    publish_views(store.client, experiment)
-    assert read_state(tags()[TRAINING.tag]) == changed.to_state()
-    assert read_state(tags()[ROUTING.tag]) == ROUTING.to_state()
-
-
-def test_the_description_leads_to_the_views_unless_somebody_has_written_one(
-    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experiment = store.experiment_id("steadymoe")
-
-    def description() -> str:
-        return str(store.client.get_experiment(experiment).tags[NOTE])
-
-    publish_views(store.client, experiment)
-    for view in VIEWS:
-        assert f"[{view.name}](#/experiments/{experiment}/runs?" in description()
-    monkeypatch.setattr(views, "VIEWS", (replace(TRAINING, key="more", name="More"), *VIEWS))
-    publish_views(store.client, experiment)
-    assert "[More](#/" in description()
-    store.client.set_experiment_tag(experiment, NOTE, "Ours")
-    publish_views(store.client, experiment)
-    assert description() == "Ours"
-
-
-def test_a_store_that_refuses_costs_a_warning_and_nothing_more(
-    store: TrackingStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        publish_views(store.client, "4711")
-    assert "saved views of the MLflow UI are not up to date: No Experiment with id=4711" in caplog.text
