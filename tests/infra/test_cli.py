@@ -93,7 +93,8 @@ def test_the_check_for_heavy_libraries_can_fail() -> None:
         ([], "error: no command given (see steadymoe --help)"),
         (
             ["trian"],
-            "error: argument {prepare,train,study,runs,spikes,compare,replay,deliver,export,up,status,down,submit}: "
+            "error: argument "
+            "{prepare,train,study,sweep,runs,spikes,compare,replay,deliver,export,up,status,down,submit}: "
             "invalid choice: 'trian'",
         ),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),

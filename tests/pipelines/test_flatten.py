@@ -22,7 +22,7 @@ def test_the_flat_keys_are_the_settings_that_make_the_same_config() -> None:
     config = load_config(["micro"], ["optimizer.lr=1e-5", "seed=7", faults])
     assert len(config.faults) == 2
     # A list is its JSON text already.
-    lists = ("faults", "data.domains", "response.rungs")
+    lists = ("faults", "data.domains", "response.rungs", "validation.at_steps")
     settings = [f"{key}={value if key in lists else json.dumps(value)}" for key, value in flatten(config).items()]
     assert load_config([], settings) == config
 

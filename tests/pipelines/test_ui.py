@@ -173,4 +173,4 @@ def test_the_view_of_replays_shows_each_treatment(runs: Runs, page: Page) -> Non
         assert drawn["as-it-was-loss-000050"][step] == pytest.approx(recorded[step])
     for section in REPLAYS.sections:
         for chart in section.charts:
-            page.wait(IS_THERE, chart.metric)
+            page.wait(IS_THERE, chart.title)

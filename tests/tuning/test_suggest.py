@@ -85,7 +85,7 @@ def test_a_constraint_keeps_it_away_from_what_is_better_but_forbidden() -> None:
         return Verdict((quadratic(point),), (0.0, point["x"]))
 
     def share(points: Sequence[Values]) -> float:
-        return sum(point["x"] > 0 for point in points[12:]) / len(points[12:])
+        return sum(bool(point["x"] > 0) for point in points[12:]) / len(points[12:])
 
     assert share(run(make_suggester(sweep()), plain, 36)) > 0.6
     assert share(run(make_suggester(sweep()), judge, 36)) < 0.4
@@ -108,7 +108,7 @@ def test_a_point_has_its_sections_whole_and_conditional_keys_only_where_they_are
 
 @pytest.mark.parametrize(("kind", "space"), [("tpe", PLANE), ("tpe", SECTIONS), ("multi_objective", PLANE)])
 def test_what_comes_next_is_the_same_after_a_resume_that_tells_in_another_order(kind: str, space: Any) -> None:
-    further = {"objective": {"further": ["dead_experts"]}} if kind == "multi_objective" else {}
+    further: dict[str, Any] = {"objective": {"further": ["dead_experts"]}} if kind == "multi_objective" else {}
     config = sweep(space, kind, **further)
     source = random.Random(0)
 

@@ -36,7 +36,7 @@ def test_every_shipped_sweep_loads_and_is_first_judged_after_its_longest_warm_up
     points = grid_points(plan.config.space) if plan.points is not None else list(corner_points(plan.config.space))
     configs = [plain_config(plan.config, values) for values in points]
     # `warmup_steps` as the file or its base has it: no preset of a sweep is written in stages.
-    longest = max(config.schedule.warmup_steps or 0 for config in configs)
+    longest = max(config.model_dump()["schedule"]["warmup_steps"] for config in configs)
     assert all(rung > longest for rung in plan.rungs)
     assert {config.steps for config in configs} <= set(range(1, plan.steps + 1))
     assert name in dict(sweep_titles())
@@ -117,7 +117,7 @@ def test_what_the_command_gives_takes_the_place_of_the_file_s_own(tmp_path: Path
     assert (plan.config.settings, plan.first_seed) == (["seed=3", "seed=4"], 4)
 
 
-OF_THE_SPACE = [
+OF_THE_SPACE: list[tuple[dict[str, Any], str]] = [
     (two(optimizer__lrr=numbers(1, 2)), "at lr=0.001 lrr=1: optimizer.lrr: unknown key; did you mean optimizer.lr?"),
     (two(seed=numbers(1, 2)), "space.seed: cannot be swept: use seeds, or config.seed for the first of them"),
     (two(parallel__workers=numbers(1, 2)), "space.parallel.workers: cannot be swept: one sweep has one number of wor"),
@@ -177,7 +177,7 @@ OF_THE_SPACE = [
     ({**two(**{"schedule.warmup_steps": numbers(4, 400)}), **NO_WARMUP}, "at lr=0.001 warmup_steps=400: schedule"),
 ]
 
-OF_THE_REST = [
+OF_THE_REST: list[tuple[dict[str, Any], str]] = [
     ({"titel": "x"}, "titel: unknown key; did you mean title?"),
     ({"title": None}, "title: is required here"),
     ({"base": []}, "base: should have at least 1 item, got 0"),

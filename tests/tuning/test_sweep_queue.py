@@ -83,7 +83,7 @@ def test_no_configuration_is_begun_that_trials_do_not_reach_for(
 
 
 def test_tokens_are_counted_as_they_were_read(tmp_path: Path, path: Path) -> None:
-    # Whole trials of 100,000 tokens: three. Pruned at 20 steps: after 0, 20, ... 200 thousand one more has room.
+    # A whole trial has 100,000: there is room for three. Pruned at 20 steps, all nine fit; at 60, four do.
     plan = plan_of(tmp_path, {**NINE, "budget": {"tokens": 300_000}})
     assert len(Scene(plan, path).run()) == 3
     assert len(Scene(plan, tmp_path / "pruned.jsonl").run(step=20)) == 9

@@ -61,7 +61,7 @@ class Scene:
         trial = self._trials[name]
         assert self.asha.on_trial_result(None, trial, {"step": step - 1}) == TrialScheduler.CONTINUE
         result = {"step": step, RUNG_LOSS: loss}
-        goes_on = self.asha.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+        goes_on = bool(self.asha.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE)
         if not goes_on:
             self.asha.on_trial_complete(None, trial, result)
         return goes_on
