@@ -115,4 +115,5 @@ def test_with_population_based_training_values_are_the_last_ones() -> None:
 
 
 def test_figures_are_measures_under_the_names_of_the_views() -> None:
-    assert figures({"val_loss": 2.0}, 7) == {"sweep/val_loss": 2.0, "sweep/steps": 7.0}
+    found = figures({"val_loss": 2.0}, 7)
+    assert found == {"sweep/objective": 2.0, "sweep/val_loss": 2.0, "sweep/steps": 7.0}

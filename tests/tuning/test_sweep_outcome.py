@@ -63,7 +63,7 @@ def test_a_report_has_the_best_first_and_says_what_became_of_each(tmp_path: Path
         "| lr=0.01 clip=global(max_norm=0.5) | pruned | 1 | 4.0000 | - | 32 |",
         "| lr=0.01 clip=none | diverged | 1 | 5.5000 | - | 12 |",
     ]
-    assert (scene.run.folder.figures / "report.md").read_text() == outcome.report()
+    assert (scene.run.folder.figures / "ranking.md").read_text() == outcome.report()
     assert scene.run.figures == {
         "sweep/trials": 4,
         "sweep/pruned": 1,
@@ -129,4 +129,4 @@ def test_a_terminal_shows_ten_and_says_how_many_more_there_are(tmp_path: Path, c
         end(scene.journal, begin(scene.journal, number), 2.0 + number)
     table = scene.conclude().table()
     assert table.row_count == 10
-    assert table.caption == (None if count == 10 else "and 2 more in report.md")
+    assert table.caption == (None if count == 10 else "and 2 more in ranking.md")
