@@ -104,6 +104,14 @@ def test_each_order_of_magnitude_is_as_likely_as_the_other(key: str) -> None:
         assert abs(found[order] - draws / orders) < 5 * math.sqrt(draws / orders)
 
 
+def test_the_last_of_few_integers_is_drawn_too() -> None:
+    few = space(count={"kind": "int", "low": 1, "high": 3, "log": True})
+    found = Counter(random_point(few, 0, number)["count"] for number in range(1000))
+    # Each from itself to the next: log 2, log 3/2 and log 4/3, of log 4.
+    for value in (1, 2, 3):
+        assert found[value] / 1000 == pytest.approx(math.log((value + 1) / value) / math.log(4), abs=0.07)
+
+
 def test_a_uniform_key_is_uniform() -> None:
     uniform = space(share={"kind": "uniform", "low": -1.0, "high": 3.0})
     drawn = sorted(random_point(uniform, 0, number)["share"] for number in range(2000))

@@ -47,7 +47,9 @@ class Scene:
         return name
 
     def end(self, name: str, loss: float | None = None, **more: Any) -> None:
-        end(self.journal, name, float(name.split("-")[0]) if loss is None else loss, **more)
+        number, seed = map(int, name.split("-"))
+        # The second seed turns the order round.
+        end(self.journal, name, number + seed * (30.0 - 3 * number) if loss is None else loss, **more)
 
     def run(self, seconds: float = 10.0, step: int = STEPS) -> list[str]:
         """All trials, one after the other."""
@@ -195,19 +197,33 @@ def test_seeds_that_a_configuration_lacks_come_before_new_ones(tmp_path: Path, p
     )
 
 
-@pytest.mark.parametrize("changes", [RANDOM, TPE, {**NINE, "budget": {"trials": 8}}])
+@pytest.mark.parametrize(
+    "changes",
+    [RANDOM, TPE, {**NINE, "budget": {"trials": 8}}, {**TPE, "seeds": 2, "budget": {"trials": 16}}],
+)
 def test_a_resumed_search_asks_for_what_it_would_have_asked_for(
     tmp_path: Path, path: Path, changes: dict[str, Any]
 ) -> None:
     plan = plan_of(tmp_path, changes)
     whole = Scene(plan, tmp_path / "whole.jsonl")
-    assert len(whole.run()) == 8
+    count = changes.get("seeds", 1) * 8
+    assert len(whole.run()) == count
     cut = Scene(plan, path)
-    for _ in range(6):
+    for _ in range(count * 3 // 4):
         cut.end(cut.begin())
     again = Scene(plan, path)
     again.run()
     assert [t.values for t in again.journal.trials.values()] == [t.values for t in whole.journal.trials.values()]
+
+
+def test_a_resumed_search_knows_what_still_runs(tmp_path: Path, path: Path) -> None:
+    plan = plan_of(tmp_path, {**TPE, "budget": {"trials": 30}})
+    scene = Scene(plan, path)
+    names = [scene.begin() for _ in range(16)]
+    for name in names[:6]:
+        scene.end(name)
+    again = Scene(plan, path)
+    assert again.queue.next() == scene.queue.next()
 
 
 def test_an_estimator_learns_from_configurations_whose_seeds_are_all_over(tmp_path: Path, path: Path) -> None:

@@ -120,6 +120,10 @@ def test_a_trial_that_passes_a_rung_twice_counts_once() -> None:
         return [scene.goes_on(name, 10, loss) for name, loss in (("b", 3.5), ("c", 2.9), ("d", 3.1), ("e", 2.0))]
 
     assert decisions(repeated=True) == decisions(repeated=False) == [False, True, False, True]
+    # Nor in a command that knows it from an earlier one, where it has another of Tune's ids.
+    resumed = Scene((10, 30), 2, [Rung("a", 10, 3.0, goes_on=True)])
+    assert resumed.goes_on("a", 10, 9.0)
+    assert [resumed.goes_on(name, 10, loss) for name, loss in (("b", 3.5), ("c", 2.9))] == [False, True]
 
 
 def test_a_loss_that_stands_for_divergence_is_never_among_the_best() -> None:
