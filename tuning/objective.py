@@ -10,6 +10,8 @@ from tuning.sweep_config import ObjectiveConfig
 from tuning.sweep_journal import TrialOutcome, TrialState
 
 LOSS = "val_loss"
+# What stands for a measure that a trial does not have: a bad one.
+_UNMEASURED = 1e3
 _ORDER: tuple[TrialOutcome, ...] = ("finished", "pruned", "diverged", "failed")
 
 
@@ -55,7 +57,7 @@ class Configuration:
         pruned = [trial.step for trial in self.trials if trial.ended and trial.ended.outcome == "pruned"]
         further = [self.mean(name) for name in objective.further]
         return Verdict(
-            (fmean(losses), *(value if value is not None else 0.0 for value in further)),
+            (fmean(losses), *(value if value is not None else _UNMEASURED for value in further)),
             # One that diverged breaks a constraint that every sweep has; its loss is that of guessing.
             (float(self.outcome == "diverged"), *self.violations(objective).values()),
             max(pruned) if pruned and self.outcome == "pruned" else None,
