@@ -13,17 +13,18 @@ from pipelines.tracking_store import TrackingStore, shown
 _log = logging.getLogger(__name__)
 
 
-def end_orphans(store: TrackingStore) -> None:
+def end_orphans(store: TrackingStore, spared: str | None = None) -> None:
     """End the orphans among the runs that ``store`` tracks, and send it what of ended runs it did not get.
 
-    What cannot be sent now is tried again the next time that somebody comes by.
+    What cannot be sent now is tried again the next time that somebody comes by. Trials of the parent with the id
+    ``spared`` are left alone, for whoever takes them up again.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     for folder in run_folders():
         try:
-            if not _is_unfinished(folder, store):
+            if (spared is not None and folder.info.parent == spared) or not _is_unfinished(folder, store):
                 continue
             with run_lock(folder):
                 if not folder.ending.exists() and store.client.get_run(folder.info.id).info.status != "RUNNING":

@@ -73,7 +73,7 @@ def run(arguments: SweepArguments) -> int:
         print_line(console, _in_words(plan, config, slots))
         store = opening.result()
         end_orphaned_parents(store)
-        end_orphans(store)
+        end_orphans(store, spared=resumed.info.id if resumed else None)
         sweep_run = _open(arguments, plan, config, store, resumed)
         view = sweep_view(sweep_run.info.id, sweep_run.info.name, plan.keys)
         publish_sweep_view(store.client, sweep_run.info.experiment_id, view)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from pipelines.checkpoint_manifest import checkpoint_folders, step_name, step_of
 from pipelines.config import RunConfig
 from pipelines.description import Status
 from pipelines.errors import UserError
@@ -76,6 +77,11 @@ class SweepTrials(TrialSource):
         self._runs = TrialRuns(store, shards, run.info.id)
         self.failure: Exception | None = None
         """Why the sweep cannot go on: a UserError if the config is the reason."""
+        for trial in self._journal.trials.values():
+            if trial.ended is not None and not RunFolder(Path(trial.begun.folder)).ending.exists():
+                # The driver was killed between its own record and MLflow's.
+                self._track(trial.begun)
+                self._tell_end(self._tracked.pop(trial.begun.name), trial.ended)
 
     @property
     def untold(self) -> list[str]:
@@ -186,14 +192,28 @@ class SweepTrials(TrialSource):
         seconds = time.monotonic() - self._started.get(name, time.monotonic())
         ended = Ended(name, outcome, step, round(seconds, 2), measures, reason)
         self._journal.add(ended)
-        tags = {"outcome": outcome, **({"diverged": "true"} if outcome == "diverged" else {})}
-        self._runs.ended(tracked, _STATUS[outcome], reason, figures(measures, step), tags)
+        self._tell_end(tracked, ended)
         self._on_end(self._plan.label(known.values), ended)
+
+    def _tell_end(self, tracked: TrackedTrial, ended: Ended) -> None:
+        tags = {"outcome": ended.outcome, **({"diverged": "true"} if ended.outcome == "diverged" else {})}
+        found = figures(ended.measures, ended.step)
+        self._runs.ended(tracked, _STATUS[ended.outcome], ended.reason, found, tags)
 
     def _job(self, begun: Begun) -> TrialJob:
         self._track(begun)
-        values = self._journal.trials[begun.name].values
-        return self._job_of(begun, values)
+        known = self._journal.trials[begun.name]
+        job = self._job_of(begun, known.values)
+        if known.exploits and (state := self._not_taken_over(begun, known.exploits[-1])) is not None:
+            job["take_over"] = str(state)
+        return job
+
+    def _not_taken_over(self, begun: Begun, exploit: Exploit) -> Path | None:
+        """The state that a trial was to go on from when the driver was killed; None if it has gone on since."""
+        own = checkpoint_folders(RunFolder(Path(begun.folder)).checkpoints)
+        donor = RunFolder(Path(self._journal.trials[exploit.donor].begun.folder))
+        state = donor.checkpoints / step_name(exploit.step)
+        return state if state.exists() and (not own or step_of(own[-1]) <= exploit.step) else None
 
     def _job_of(self, begun: Begun, values: Values) -> TrialJob:
         config = self._config(begun, values)

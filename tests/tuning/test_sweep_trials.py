@@ -1,0 +1,164 @@
+"""What a sweep tells MLflow of its trials, and what it remembers of them; the trials run in this process."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+
+from pipelines.errors import UserError
+from pipelines.prepare import prepare
+from pipelines.run_folder import RunFolder
+from pipelines.tracking_store import TrackingStore, local_database, open_store
+from tests.pipelines.small_run import SETTINGS
+from tests.tuning.sweep_file import plan_of
+from tuning.sweep_journal import Ended, Rung, SweepJournal
+from tuning.sweep_loading import SweepPlan, trial_config
+from tuning.sweep_queue import SweepQueue
+from tuning.sweep_run import JOURNAL, SweepRun
+from tuning.sweep_trials import SweepTrials
+from tuning.trial_rank import TrialRank
+
+RATES = {"optimizer.lr": {"kind": "grid", "values": [1e-3, 1e-2]}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
+    """A STEADYMOE_HOME with its database for all tests here; making one takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEADYMOE_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield open_store(local_database())
+
+
+def plan(folder: Path, **changes: Any) -> SweepPlan:
+    return plan_of(folder, {"config": {}, "settings": list(SETTINGS), "space": RATES, **changes})
+
+
+@contextmanager
+def begun(plan: SweepPlan, store: TrackingStore) -> Iterator[tuple[SweepRun, SweepTrials]]:
+    """A sweep's run and its trials before the first one; both are ended afterwards."""
+    run = SweepRun.start(plan.config, store, "tiny", "steadymoe", "digest")
+    with run:
+        trials = trials_of(plan, run, store)
+        try:
+            yield run, trials
+        finally:
+            trials.close()
+
+
+def trials_of(plan: SweepPlan, run: SweepRun, store: TrackingStore) -> SweepTrials:
+    shards = prepare(trial_config(plan, plan.probe, plan.first_seed).data)
+    queue = SweepQueue(plan, run.journal, 1, 1, 0.0)
+    return SweepTrials(plan, run, queue, shards, store, threading.Event(), 2, {}, lambda label, ended: None)
+
+
+def run_next(trials: SweepTrials) -> str:
+    """Run the next trial to its end, in place of Tune; its name."""
+    given = trials.next()
+    assert isinstance(given, tuple)
+    name, job = given
+    trials.started(name)
+    rank = TrialRank(0)
+    rank.begin(job)
+    while (progress := rank.advance(1000)).ending is None:
+        assert progress.rung_loss is not None
+    trials.ended(name, progress.ending)
+    return name
+
+
+def in_mlflow(store: TrackingStore, run: SweepRun) -> Mapping[str, Run]:
+    found = store.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.id}'")
+    return {str(trial.info.run_name): trial for trial in found}
+
+
+def test_a_trial_that_the_scheduler_ends_is_pruned_with_what_it_had_shown(tmp_path: Path, store: TrackingStore) -> None:
+    asha = plan(tmp_path, scheduler={"kind": "asha", "first_rung": 6})
+    with begun(asha, store) as (run, trials):
+        given = trials.next()
+        assert isinstance(given, tuple)
+        name, job = given
+        trials.started(name)
+        rank = TrialRank(0)
+        rank.begin(job)
+        progress = rank.advance(1000)
+        assert (progress.step, progress.ending) == (6, None)
+        assert progress.rung_loss is not None
+        trials.at_rung(Rung(name, 6, progress.rung_loss, goes_on=False))
+        rank.close()
+        other = run_next(trials)
+        assert trials.next() == "end"
+    found = in_mlflow(store, run)
+    assert {one: found[one].info.status for one in found} == {name: "KILLED", other: "FINISHED"}
+    pruned = found[name].data
+    assert (pruned.tags["outcome"], pruned.tags["diverged"]) == ("pruned", "false")
+    assert pruned.metrics["sweep/objective"] == pruned.metrics["sweep/val_loss"] == progress.rung_loss
+    assert pruned.metrics["sweep/steps"] == 6
+    assert pruned.metrics["sweep/max_vio_global"] == pruned.metrics["moe/max_vio_global"]
+    assert "step 6" in pruned.tags["mlflow.note.content"]
+
+
+def test_what_a_driver_was_killed_before_it_could_tell_is_told_when_the_sweep_goes_on(
+    tmp_path: Path, store: TrackingStore
+) -> None:
+    two = plan(tmp_path)
+    with begun(two, store) as (run, trials):
+        name = run_next(trials)
+        trials.close()
+        # As a kill between the journal and MLflow leaves it.
+        RunFolder(Path(run.journal.trials[name].begun.folder)).ending.unlink()
+        store.client.update_run(in_mlflow(store, run)[name].info.run_id, status="RUNNING")
+        run.journal = SweepJournal.read(run.folder.path / JOURNAL)
+        again = trials_of(two, run, store)
+        other = run_next(again)
+        assert again.next() == "end"
+        again.close()
+        found = in_mlflow(store, run)
+    assert {one: found[one].info.status for one in found} == {name: "FINISHED", other: "FINISHED"}
+    ended = run.journal.trials[name].ended
+    assert ended is not None
+    assert found[name].data.metrics["sweep/val_loss"] == ended.measures["val_loss"]
+    assert found[name].data.tags["outcome"] == "finished"
+
+
+def test_trials_that_fail_for_reasons_of_the_machine_end_the_sweep_only_if_all_do(
+    tmp_path: Path, store: TrackingStore
+) -> None:
+    space = {"optimizer.weight_decay": {"kind": "grid", "values": [0.0, 0.1, 0.2, 0.3]}}
+    with begun(plan(tmp_path, space=space), store) as (run, trials):
+        names = []
+        for _ in range(3):
+            given = trials.next()
+            assert isinstance(given, tuple)
+            names.append(given[0])
+            trials.started(given[0])
+            assert trials.failure is None
+            trials.failed(given[0], "its actors died")
+        assert str(trials.failure) == f"trial {names[-1]} failed: its actors died"
+    found = in_mlflow(store, run)
+    assert {found[name].info.status for name in names} == {"FAILED"}
+    assert {found[name].data.tags["outcome"] for name in names} == {"failed"}
+
+
+def test_a_config_that_training_cannot_use_is_a_failed_trial_and_the_others_go_on(
+    tmp_path: Path, store: TrackingStore
+) -> None:
+    space = {"model.init.std": {"kind": "grid", "values": [0.02, 1.0e38]}}
+    with begun(plan(tmp_path, space=space), store) as (run, trials):
+        names = [run_next(trials), run_next(trials)]
+        assert trials.next() == "end"
+        assert trials.failure is None
+    outcomes = {trial.begun.values["model.init.std"]: trial.ended for trial in run.journal.trials.values()}
+    assert {value: ended.outcome for value, ended in outcomes.items() if isinstance(ended, Ended)} == {
+        0.02: "finished",
+        1.0e38: "failed",
+    }
+    assert {found.info.status for found in in_mlflow(store, run).values()} == {"FINISHED", "FAILED"}
+    assert sorted(in_mlflow(store, run)) == sorted(names)
+    refused = outcomes[1.0e38]
+    assert isinstance(refused, Ended)
+    assert "before the first step" in str(refused.reason)
+    assert not isinstance(trials.failure, UserError)
