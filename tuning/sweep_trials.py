@@ -36,6 +36,8 @@ _STATUS: dict[TrialOutcome, Status] = {
     "diverged": "FAILED",
     "failed": "FAILED",
 }
+# MLflow's limit.
+_TAG_LENGTH = 8000
 # So many that fail before any has ended well are no accident.
 _FAILURES = 3
 
@@ -197,6 +199,11 @@ class SweepTrials(TrialSource):
 
     def _tell_end(self, tracked: TrackedTrial, ended: Ended) -> None:
         tags = {"outcome": ended.outcome, **({"diverged": "true"} if ended.outcome == "diverged" else {})}
+        exploits = self._journal.trials[ended.name].exploits
+        if exploits:
+            # MLflow never changes a parameter: what became of the values is a tag.
+            told = (f"step {one.step} from {one.donor}: {self._plan.label(one.values)}" for one in exploits)
+            tags["exploits"] = "; ".join(told)[:_TAG_LENGTH]
         found = figures(ended.measures, ended.step)
         self._runs.ended(tracked, _STATUS[ended.outcome], ended.reason, found, tags)
 

@@ -218,6 +218,11 @@ def test_a_population_goes_on_from_the_checkpoints_of_its_best(home: Path) -> No
     assert {exploit.step for exploit in exploits} == {20, 40}
     client = client_of(home)
     runs = {run.info.run_name: run.info.run_id for run in trials_of(client, sweep)}
+    for run in trials_of(client, sweep):
+        told = run.data.tags.get("exploits", "")
+        assert [f"from {one.donor}: " in told for one in trials[run.info.run_name].exploits] == [True] * (
+            told.count("step ")
+        )
     for exploit in exploits:
         # The next loss is that of the donor's weights on the same batch; the rate is the trial's own new one.
         own, donor = (client.get_metric_history(runs[name], "train/loss") for name in (exploit.name, exploit.donor))
