@@ -91,7 +91,7 @@ def test_a_replay_repeats_the_spike_and_says_what_the_treatments_make_of_it(home
     assert (rows["as-it-was"]["verdict"], rows["as-it-was"]["cost"]) == ("same", 0.0)
     for arm, row in rows.items():
         assert row["val_loss"] == trials[arm].data.metrics["val/loss"]
-        assert {chart.metric for section in REPLAYS.sections for chart in section.charts} <= trials[
+        assert {chart.title for section in REPLAYS.sections for chart in section.charts} <= trials[
             arm
         ].data.metrics.keys()
     # The run keeps its own checkpoints, and the trials have none that MLflow would list beside them.
