@@ -71,7 +71,7 @@ def loss_at(step: int, label: str, rate: float) -> float:
 
 def spike_steps(label: str) -> tuple[int, ...]:
     """Where a trial's loss spikes."""
-    return (30, 31, 75) if label.startswith("lr=0.01") and "none" in label else ()
+    return tuple(s for s in (30, 31, 75) if s <= last_step(label)) if label in (DIVERGED, NAN) else ()
 
 
 def last_step(label: str) -> int:
@@ -82,7 +82,8 @@ def last_step(label: str) -> int:
 def figures_of(label: str, params: Mapping[str, Any]) -> dict[str, float]:
     """What a trial records at its end."""
     rate, warm_up, diverged = params["optimizer.lr"], params["schedule.warmup_steps"], label == DIVERGED
-    loss = 5.55 if diverged else round(2.0 + abs(math.log10(rate / 0.003)) + 1 / warm_up, 4)
+    unclipped = params["stability.clip.kind"] == "none"
+    loss = 5.55 if diverged else round(2.0 + abs(math.log10(rate / 0.003)) + 1 / warm_up + 0.1 * unclipped, 4)
     values = (
         loss + 10.0 * diverged,
         loss,
