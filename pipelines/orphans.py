@@ -17,14 +17,15 @@ def end_orphans(store: TrackingStore, spared: str | None = None) -> None:
     """End the orphans among the runs that ``store`` tracks, and send it what of ended runs it did not get.
 
     What cannot be sent now is tried again the next time that somebody comes by. Trials of the parent with the id
-    ``spared`` are left alone, for whoever takes them up again.
+    ``spared`` that have no ending are left alone, for whoever takes them up again.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     for folder in run_folders():
         try:
-            if (spared is not None and folder.info.parent == spared) or not _is_unfinished(folder, store):
+            is_spared = spared is not None and folder.info.parent == spared and not folder.ending.exists()
+            if is_spared or not _is_unfinished(folder, store):
                 continue
             with run_lock(folder):
                 if not folder.ending.exists() and store.client.get_run(folder.info.id).info.status != "RUNNING":

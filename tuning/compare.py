@@ -28,7 +28,9 @@ from tuning.comparison.page import PAGE, REPORT, write_report
 from tuning.comparison.table import configurations_sheet
 from tuning.comparison.tracked import ComparisonRun
 from tuning.parent_run import end_orphaned_parents
+from tuning.sweep_journal import SweepJournal
 from tuning.sweep_outcome import trial_folders
+from tuning.sweep_run import JOURNAL
 
 _NAMED = 3
 
@@ -77,7 +79,7 @@ def compare_sweep(sweep: RunFolder, out: Path | None) -> int:
     """
     console = list_console()
     refuse_unwritable_home()
-    comparison = compare_runs(trial_folders(sweep), f"Sweep {sweep.info.name}")
+    comparison = compare_runs(trial_folders(sweep), _sweep_title(sweep))
     _print(comparison, console)
     page = write_report(comparison, sweep.figures / PAGE)
     if out is not None:
@@ -89,6 +91,12 @@ def compare_sweep(sweep: RunFolder, out: Path | None) -> int:
             store.client.log_artifact(info.id, str(file), sweep.figures.name)
     _say_where(sweep, out or page, console)
     return EXIT_DONE
+
+
+def _sweep_title(sweep: RunFolder) -> str:
+    trials = SweepJournal.read(sweep.path / JOURNAL).trials.values()
+    changed = ", whose values changed on the way: keys are the first ones" if any(t.exploits for t in trials) else ""
+    return f"Sweep {sweep.info.name}{changed}"
 
 
 def _say_where(parent: RunFolder, page: Path, console: Console) -> None:

@@ -10,9 +10,11 @@ import numpy.typing as npt
 from moe.config.schedule import LinearLr, Stage
 from moe.config.trainer import TrainerConfig
 from moe.schedule import Timeline
+from pipelines.config import RunConfig
+from tuning.measure_names import OF_CLIP, OF_EXPERTS, OF_SPIKES, OF_TOKENS
 from tuning.noise_floor import noise_floor, varying_noise_floor
 from tuning.series import Series
-from tuning.spike_score import spike_score
+from tuning.spike_score import first_scored_step, spike_score
 
 # Times what uniform random routing has. Neighbours in text route alike, so that no rule comes near 1.
 _BALANCED = 3.0
@@ -71,6 +73,20 @@ def warmup_steps(config: TrainerConfig) -> int:
         return isinstance(stage.lr, LinearLr) and stage.lr.end > stage.lr.start
 
     return sum(config.steps_of(stage) for stage in takewhile(rises, config.schedule.as_stages()))
+
+
+def why_missing(measure: str, config: RunConfig) -> str | None:
+    """Why a run that finishes cannot have the measure; None where it has."""
+    if measure in OF_TOKENS and not config.validation.per_token:
+        return "validation.per_token is false"
+    if measure in OF_CLIP and config.stability.clip.kind == "none":
+        return "stability.clip.kind is none"
+    if measure in OF_EXPERTS and config.model.moe.num_experts == 0:
+        return "model.moe.num_experts is 0"
+    needed = first_scored_step(warmup_steps(config))
+    if measure in OF_SPIKES and config.steps < needed:
+        return f"its {config.steps} steps are too few: the spike score begins at step {needed}"
+    return None
 
 
 def _losses(series: Series, excluded_steps: Set[int]) -> dict[str, float]:

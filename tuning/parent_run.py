@@ -138,6 +138,19 @@ class Progress:
         write_json(self._path, {**known, "minutes": self.minutes + minutes})
 
 
+class Stopwatch:
+    """Adds to a parent's minutes as they pass, so that a killed driver's are not lost."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._noted = progress, time.monotonic()
+
+    def note(self) -> None:
+        """Write down what has passed since the last time."""
+        now = time.monotonic()
+        self._progress.add_minutes((now - self._noted) / 60)
+        self._noted = now
+
+
 def end_orphaned_parents(store: TrackingStore) -> None:
     """End the studies, sweeps, replays and comparisons whose driver vanished.
 

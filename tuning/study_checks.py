@@ -7,10 +7,8 @@ from typing import Any
 
 from pipelines.config import RunConfig
 from pipelines.loading import PRESETS, SETTINGS, parse_setting, read_document, settings_tree
-from tuning.measure_names import OF_CLIP, OF_EXPERTS, OF_SPIKES, OF_TOKENS
-from tuning.measures import warmup_steps
+from tuning.measures import why_missing
 from tuning.results import TrialKey
-from tuning.spike_score import first_scored_step
 from tuning.study_config import Arm, StudyConfig, Tree
 
 KeyPath = tuple[str, ...]
@@ -107,16 +105,7 @@ def _why_missing(measure: str, config: RunConfig, study: StudyConfig) -> str | N
     """Why a run that finishes cannot have the measure; None where it has."""
     if measure == "token_complexity" and (study.reference is None or study.blocks == 1):
         return "it needs the study's reference, an arm, and two blocks: the losses are those of another seed"
-    if measure in OF_TOKENS and not config.validation.per_token:
-        return "validation.per_token is false"
-    if measure in OF_CLIP and config.stability.clip.kind == "none":
-        return "stability.clip.kind is none"
-    if measure in OF_EXPERTS and config.model.moe.num_experts == 0:
-        return "model.moe.num_experts is 0"
-    needed = first_scored_step(warmup_steps(config))
-    if measure in OF_SPIKES and config.steps < needed:
-        return f"its {config.steps} steps are too few: the spike score begins at step {needed}"
-    return None
+    return why_missing(measure, config)
 
 
 def _trees(arm: Arm) -> Sequence[Tree]:

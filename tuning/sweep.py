@@ -3,7 +3,6 @@
 import hashlib
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from pipelines.checkpoint_manifest import checkpoint_folders, step_of
 from pipelines.command_line import EXIT_DONE, EXIT_INTERRUPTED, run_command
 from pipelines.config import RunConfig, TrackingConfig
 from pipelines.errors import UserError
@@ -34,8 +34,9 @@ from tuning import commands
 from tuning.arguments import SweepArguments
 from tuning.comparison.page import PAGE
 from tuning.driving import run_to_end, say_what_is_untold
-from tuning.parent_run import end_orphaned_parents
+from tuning.parent_run import Stopwatch, end_orphaned_parents
 from tuning.sweep_config import AshaSchedulerConfig, PbtSchedulerConfig, SweepConfig
+from tuning.sweep_journal import Ended
 from tuning.sweep_loading import SweepPlan, load_sweep, trial_config
 from tuning.sweep_outcome import SweepOutcome, conclude_sweep
 from tuning.sweep_progress import SweepProgress
@@ -89,10 +90,12 @@ def _slots(sweep: SweepConfig, config: RunConfig) -> int:
     """Trials at a time. UserError if the cluster cannot hold what is asked for. Needs a session."""
     fit, parallel = runs_at_a_time(config), config.parallel
     if sweep.concurrent is not None and sweep.concurrent > fit:
-        needed = sweep.concurrent * parallel.workers * parallel.threads
+        ranks = sweep.concurrent * parallel.workers
+        gpus = f" and {ranks} GPUs" if uses_gpu(config) else ""
         raise UserError(
             f"concurrent: {sweep.concurrent} trials x parallel.workers ({parallel.workers}) x parallel.threads "
-            f"({parallel.threads}) are {needed} CPUs, and the cluster holds {fit} such trials at a time; leave it out"
+            f"({parallel.threads}) are {ranks * parallel.threads} CPUs{gpus}, and the cluster holds {fit} such trials "
+            "at a time; leave it out"
         )
     return sweep.concurrent or fit
 
@@ -126,9 +129,16 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
     per_step = config.data.global_batch_size * config.data.sequence_length
     queue = SweepQueue(plan, sweep_run.journal, setting.slots, per_step, 60 * sweep_run.progress.minutes)
     steps: dict[str, int] = {}
+    clock = Stopwatch(sweep_run.progress)
     # A population takes turns in the slots: its trials must all be there to be compared.
     population = plan.config.budget.trials if isinstance(plan.config.scheduler, PbtSchedulerConfig) else None
     with SweepProgress(plan, sweep_run.journal, queue, steps, console) as progress:
+
+        def trial_ended(label: str, ended: Ended) -> None:
+            # Each time, for a killed driver has no last word.
+            clock.note()
+            progress.trial_ended(label, ended)
+
         trials = SweepTrials(
             plan,
             sweep_run,
@@ -138,7 +148,7 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
             stop,
             population or setting.slots,
             steps,
-            progress.trial_ended,
+            trial_ended,
         )
 
         def ask() -> bool:
@@ -162,9 +172,8 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
 
         def close() -> None:
             trials.close()
-            sweep_run.progress.add_minutes((time.monotonic() - started) / 60)
+            clock.note()
 
-        started = time.monotonic()
         run_to_end(work, interrupts, ask, close)
     say_what_is_untold(trials.untold, console)
     if trials.failure is not None:
@@ -190,8 +199,11 @@ def _scheduler(plan: SweepPlan, run: SweepRun, trials: SweepTrials) -> "Callable
         def pbt() -> "TrialScheduler":
             from tuning.tune_schedulers import Pbt
 
-            exploited = sum(len(trial.exploits) for trial in run.journal.trials.values())
-            return Pbt(scheduler, plan.config.space, trials.exploit, exploited)
+            population = run.journal.trials.values()
+            exploited = sum(len(trial.exploits) for trial in population)
+            states = [checkpoint_folders(RunFolder(Path(trial.begun.folder)).checkpoints) for trial in population]
+            reached = max((step_of(own[-1]) for own in states if own), default=0)
+            return Pbt(scheduler, plan.config.space, trials.exploit, exploited, reached)
 
         return pbt
     return None

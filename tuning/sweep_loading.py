@@ -14,7 +14,8 @@ from pipelines.flatten import flatten
 from pipelines.loading import SETTINGS, load_config, preset_names, read_document, settings_tree
 from pipelines.problems import explain
 from pipelines.sweep_view import SweptKey, swept_keys
-from tuning.measures import warmup_steps
+from tuning.measure_names import OF_CLIP
+from tuning.measures import warmup_steps, why_missing
 from tuning.space import as_tree, corner_points, grid_points, label, random_point, short_names
 from tuning.space_config import Values
 from tuning.sweep_config import (
@@ -30,8 +31,13 @@ from tuning.sweep_config import (
 
 SWEEPS = Path(__file__).parent / "presets" / "sweeps"
 
-# An answer to a spike would hide what the values of the space do to it.
-_RECORD: Tree = {"response": {"kind": "record"}}
+# What a trial has where the sweep does not say otherwise. An answer to a spike would hide what the values of the space
+# do to it; the state of a short trial is of no use to anybody.
+_TRIAL: Tree = {
+    "response": {"kind": "record"},
+    "checkpoint": {"every_steps": 0, "at_end": False},
+    "tracking": {"experiment": "steadymoe-sweeps"},
+}
 # Random points that are looked at before the first trial.
 _PROBES = 100
 
@@ -115,7 +121,7 @@ def trial_config(plan: SweepPlan, values: Values, seed: int) -> RunConfig:
     if isinstance(plan.config.scheduler, PbtSchedulerConfig):
         # Whoever takes over a trial's state finds it as it was when they were compared.
         own["checkpoints"] = {"checkpoint": {"every_steps": plan.config.scheduler.interval_steps}}
-    return _config(plan.config, values, _RECORD, own)
+    return _config(plan.config, values, _TRIAL, own)
 
 
 def _config(
@@ -154,6 +160,7 @@ def _plan(sweep: SweepConfig) -> SweepPlan:
     configs = [_config(sweep, values) for values in points]
     _refuse_unequal_text(sweep, configs)
     _refuse_idle_searcher(sweep)
+    _refuse_missing_measures(sweep, configs)
     rungs = _rungs(sweep, configs)
     return SweepPlan(
         config=sweep,
@@ -185,6 +192,19 @@ def _refuse_unequal_text(sweep: SweepConfig, configs: Sequence[RunConfig]) -> No
             "scheduler.kind: should be none where data.global_batch_size is in the space, for trials that are "
             "compared at one step would have read different amounts of text"
         )
+
+
+def _refuse_missing_measures(sweep: SweepConfig, configs: Sequence[RunConfig]) -> None:
+    """A measure that no trial has would count as kept, or as bad everywhere."""
+    wanted = dict.fromkeys(sweep.objective.constraints, "constraints")
+    wanted |= dict.fromkeys(sweep.objective.further, "further")
+    for name, key in wanted.items():
+        if name == "token_complexity":
+            raise UserError(f"objective.{key}: token_complexity takes the reference arm of a study; leave it out")
+        for config in configs:
+            # A trial without a clip has none to act: it keeps any limit.
+            if name not in OF_CLIP and (why := why_missing(name, config)) is not None:
+                raise UserError(f"objective.{key}: trials have no {name}, for {why}")
 
 
 def _refuse_idle_searcher(sweep: SweepConfig) -> None:

@@ -13,6 +13,7 @@ from tuning.comparison.comparing import compare_runs
 from tuning.comparison.findings import findings
 from tuning.comparison.page import PAGE, write_report
 from tuning.objective import LOSS, Configuration, configurations, confirmed, ranked
+from tuning.sweep_config import PbtSchedulerConfig
 from tuning.sweep_journal import SweepJournal
 from tuning.sweep_loading import SweepPlan, plain_config
 from tuning.sweep_run import JOURNAL, SweepRun
@@ -87,10 +88,10 @@ def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
     """Rank what there is, and leave report and best config where the run's end brings them to MLflow."""
     config, trials = plan.config, run.journal.trials.values()
     order = ranked(configurations(trials), config.objective)
-    candidates = confirmed(order, config.confirm.seeds) if config.confirm is not None else order
+    # What lost a seed in the final leaves its place to those that were not in it.
+    candidates = [*(confirmed(order, config.confirm.seeds) if config.confirm is not None else ()), *order]
     best = next((one for one in candidates if one.is_feasible(config.objective)), None)
-    told = _compare(plan, run, best)
-    outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST, told)
+    outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST, _compare(plan, run, best))
     write_whole(run.folder.figures / RANKING, outcome.report())
     write_json(run.folder.figures / "results.json", _as_table(plan, order))
     if best is not None:
@@ -111,14 +112,18 @@ def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
 
 
 def trial_folders(run: RunFolder) -> list[RunFolder]:
-    """The runs of a sweep's trials that are over, as they were begun."""
+    """The runs of a sweep's trials that are over and can be compared, as they were begun."""
     trials = SweepJournal.read(run.path / JOURNAL).trials.values()
-    folders = [RunFolder(Path(trial.begun.folder)) for trial in trials if trial.ended]
+    folders = [RunFolder(Path(t.begun.folder)) for t in trials if t.ended and t.ended.outcome != "failed"]
     return [folder for folder in folders if folder.is_run]
 
 
 def _compare(plan: SweepPlan, run: SweepRun, best: Configuration | None) -> Sequence[str]:
     """Leave the page of all trials where the run's end brings it to MLflow; what it shows, in sentences."""
+    if isinstance(plan.config.scheduler, PbtSchedulerConfig):
+        # It would put down to a trial's first values what the last ones did.
+        count = sum(len(trial.exploits) for trial in run.journal.trials.values())
+        return [f"Values changed on the way, in {count} exploits, so that no loss belongs to one value of a key."]
     folders = trial_folders(run.folder)
     if len(folders) < 2:
         return []
@@ -141,9 +146,11 @@ def _evidence(outcome: SweepOutcome, best: Configuration) -> str:
         f"Of {len(outcome.order)} configurations {counts['finished']} finished, {counts['pruned']} were pruned and "
         f"{counts['diverged']} diverged.",
     ]
+    if plan.config.confirm is not None and len(best.trials) < plan.config.confirm.seeds:
+        lines.append(f"Not confirmed: none of the final kept all constraints with {plan.config.confirm.seeds} seeds.")
     if objective.constraints:
         kept = [
-            f"{name} {best.mean(name) or 0.0:.4g} (at most {most:g})" for name, most in objective.constraints.items()
+            f"{name} {_measured(best.mean(name))} (at most {most:g})" for name, most in objective.constraints.items()
         ]
         lines.append(f"Constraints: {', '.join(kept)}.")
     if rivals:
@@ -156,6 +163,10 @@ def _evidence(outcome: SweepOutcome, best: Configuration) -> str:
             for exploit in trial.exploits
         ]
     return "".join(f"# {line}\n" for line in lines)
+
+
+def _measured(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
 
 
 def _as_table(plan: SweepPlan, order: Sequence[Configuration]) -> dict[str, object]:

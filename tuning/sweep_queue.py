@@ -1,9 +1,8 @@
 """Which trial of a sweep comes next: the search as long as the budget goes, then the final. Imports no torch."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 from tuning.objective import configurations, ranked
@@ -59,10 +58,8 @@ class SweepQueue:
             self._waiting += [
                 Next(number, seed, values, "search") for seed in self._seeds(plan.config.seeds) if seed not in known
             ]
-        self._final: bool = any(trial.phase == "final" for trial in begun)
-        if self._final and plan.config.confirm is not None:
-            # Of a final that was interrupted, those that were not begun yet.
-            self._waiting += self._finalists(plan.config.confirm.top, plan.config.confirm.seeds)
+        # A final that was interrupted goes on after the search, which has nothing to do unless its budget has grown.
+        self._final = False
         self.exhausted: str | None = None
         """Why no further configuration is begun, once that is so."""
 
@@ -94,7 +91,7 @@ class SweepQueue:
         if self.exhausted is not None:
             return len(self._waiting) + final
         limits = [limit for limit in (config.budget.trials, self._size()) if limit is not None]
-        return min(limits) - len(self._journal.trials) + final if limits else None
+        return max(0, min(limits) - len(self._searched())) + final if limits else None
 
     @property
     def seconds_left(self) -> float | None:
@@ -122,7 +119,7 @@ class SweepQueue:
             if (verdict := configuration.verdict(self._plan.config.objective)) is not None:
                 self._suggester.tell(configuration.number, configuration.values, verdict)
 
-    def _searched(self) -> Iterable[TrialState]:
+    def _searched(self) -> list[TrialState]:
         return [trial for trial in self._journal.trials.values() if trial.begun.phase == "search"]
 
     def _suggest(self) -> None:
@@ -141,7 +138,7 @@ class SweepQueue:
     def _spent(self) -> str | None:
         """What of the budget has no room for another configuration; None if all has."""
         budget, seeds = self._plan.config.budget, self._plan.config.seeds
-        trials = list(self._journal.trials.values())
+        trials = self._searched()
         if budget.trials is not None and len(trials) + seeds > budget.trials:
             return f"the budget of {budget.trials} trials is spent"
         if budget.tokens is not None:
@@ -157,8 +154,10 @@ class SweepQueue:
         return None
 
     def _per_trial(self) -> float | None:
-        ended = [trial.ended.seconds for trial in self._journal.trials.values() if trial.ended]
-        return fmean(ended) if ended else None
+        """Seconds of one that goes to its end, by the pace of the steps so far: many are ended early."""
+        ended = [trial.ended for trial in self._journal.trials.values() if trial.ended]
+        steps = sum(trial.step for trial in ended)
+        return sum(trial.seconds for trial in ended) / steps * self._plan.steps if steps else None
 
     def _finalists(self, top: int, seeds: int) -> list[Next]:
         # By the search alone, so that a final that goes on has the same configurations in it.

@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.home import runs_dir
 from pipelines.notes import Note, add_note
 from pipelines.outcome import Ending
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, read_json
 from pipelines.shards import Shards
 from pipelines.text import fit_to_text
 from pipelines.tracking_store import TrackingStore
@@ -80,8 +80,9 @@ class SweepTrials(TrialSource):
         self.failure: Exception | None = None
         """Why the sweep cannot go on: a UserError if the config is the reason."""
         for trial in self._journal.trials.values():
-            if trial.ended is not None and not RunFolder(Path(trial.begun.folder)).ending.exists():
-                # The driver was killed between its own record and MLflow's.
+            ending = read_json(RunFolder(Path(trial.begun.folder)).ending)
+            if trial.ended is not None and "outcome" not in ending.get("tags", {}):
+                # The driver was killed between its own record and MLflow's; another may have found the run an orphan.
                 self._track(trial.begun)
                 self._tell_end(self._tracked.pop(trial.begun.name), trial.ended)
 
@@ -166,9 +167,17 @@ class SweepTrials(TrialSource):
 
     def close(self) -> None:
         """Tell MLflow of the trials that were left where they were, and wait until it knows everything."""
+        for begun in self._unfinished:
+            self._track(begun)
         for name, tracked in self._tracked.items():
+            # One that was not taken up again in time is still as a killed driver has left it.
+            if name not in self._started and tracked.folder.is_run:
+                self._runs.started(tracked)
+                self._started[name] = time.monotonic()
             if name in self._started:
                 self._runs.ended(tracked, "KILLED", "the sweep was interrupted")
+        self._tracked.clear()
+        self._unfinished.clear()
         self._runs.close()
 
     def _fail(self, name: str, failure: Exception) -> None:

@@ -122,8 +122,14 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Go on from there. A trial whose own state it is finds it by itself."""
         path = (checkpoint or {}).get(_CHECKPOINT)
-        if path is not None and self._next is not None and not Path(path).is_relative_to(self._next["run_folder"]):
-            self._next = {**self._next, "take_over": path}
+        if path is None or self._next is None:
+            return
+        job = self._next.copy()
+        # What it took over when it was begun lies behind its own state.
+        job.pop("take_over", None)
+        if not Path(path).is_relative_to(job["run_folder"]):
+            job["take_over"] = path
+        self._next = job
 
     def cleanup(self) -> None:
         """Free the run's locks and end the ranks."""

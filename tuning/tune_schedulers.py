@@ -85,7 +85,12 @@ class Pbt(PopulationBasedTraining):  # type: ignore[misc]
     """Population based training on the optimizer step, all trials in step."""
 
     def __init__(
-        self, config: PbtSchedulerConfig, space: Space, on_exploit: Callable[[Exploit], TrialJob], exploited: int
+        self,
+        config: PbtSchedulerConfig,
+        space: Space,
+        on_exploit: Callable[[Exploit], TrialJob],
+        exploited: int,
+        reached: int = 0,
     ) -> None:
         """
         Args:
@@ -93,6 +98,8 @@ class Pbt(PopulationBasedTraining):  # type: ignore[misc]
             space: its space.
             on_exploit: told of every exploit; returns what the trial is from then on.
             exploited: how often there was one in earlier commands.
+            reached: the step of the most advanced trial's state. All meet after it: Tune, which believes that they
+                begin, would compare one that is far with one that is not, and then wait for a step that all are past.
         """
         super().__init__(
             time_attr=_STEP,
@@ -108,11 +115,30 @@ class Pbt(PopulationBasedTraining):  # type: ignore[misc]
             synch=True,
         )
         self._config, self._space, self._on_exploit, self._exploits = config, space, on_exploit, exploited
+        self._next_perturbation_sync = config.interval_steps * (1 + reached // config.interval_steps)
 
     def on_trial_add(self, tune_controller: "TuneController", trial: "Trial") -> None:
         """A trial of the population. Tune refuses searchers here, which would see values change; the sweep's does not
         look at them."""
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
+    def on_trial_result(self, tune_controller: "TuneController", trial: "Trial", result: dict[str, Any]) -> str:
+        """Whether it waits for the others. Tune would have it wait for those that failed for good, too."""
+        return str(super().on_trial_result(_Living(tune_controller), trial, result))
+
+    def choose_trial_to_run(self, tune_controller: "TuneController") -> "Trial | None":
+        """The next one to take its turn."""
+        chosen = super().choose_trial_to_run(tune_controller)
+        if chosen is not None:
+            return chosen
+        trials = tune_controller.get_trials()
+        waiting = [trial for trial in trials if trial.status == "PAUSED"]
+        if not waiting or any(trial.status in ("PENDING", "RUNNING") for trial in trials):
+            return None
+        # The last one on its way did not come to the meeting, having diverged: it is called off.
+        met = max(self._trial_state[trial].last_train_time for trial in waiting)
+        self._next_perturbation_sync = met + self._config.interval_steps
+        return super().choose_trial_to_run(tune_controller)
 
     def _get_new_config(self, trial: "Trial", trial_to_clone: "Trial") -> tuple[dict[str, Any], dict[str, Any]]:
         """Values near the donor's, within the space (Tune's own would leave it), for a trial that stays who it is."""
@@ -127,3 +153,17 @@ class Pbt(PopulationBasedTraining):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+class _Living:
+    """Tune's controller, without trials that are over among those that live: it keeps those that failed."""
+
+    def __init__(self, controller: "TuneController") -> None:
+        self._controller = controller
+
+    def get_live_trials(self) -> "list[Trial]":
+        """Those that may still come to a meeting."""
+        return [trial for trial in self._controller.get_live_trials() if not trial.is_finished()]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._controller, name)

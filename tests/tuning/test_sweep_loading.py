@@ -91,7 +91,14 @@ def test_a_trial_is_its_point_over_the_settings_over_the_sweep_over_its_base(tmp
     assert plan.first_seed == 5
     assert plain_config(plan.config, values) == load_config(["micro"], [*wanted, "seed=5"])
     # A trial has a seed of its own, is looked at where it is compared, and records spikes instead of answering them.
-    own = ["seed=8", "validation.at_steps=[50]", "response={kind: record}"]
+    own = [
+        "seed=8",
+        "validation.at_steps=[50]",
+        "response={kind: record}",
+        "checkpoint.every_steps=0",
+        "checkpoint.at_end=false",
+        "tracking.experiment=steadymoe-sweeps",
+    ]
     assert trial_config(plan, values, 8) == load_config(["micro"], [*wanted, *own])
 
 

@@ -17,6 +17,7 @@ from tests.pipelines.small_run import SETTINGS
 from tests.tuning.sweep_file import plan_of
 from tuning.sweep_journal import Ended, Rung, SweepJournal
 from tuning.sweep_loading import SweepPlan, trial_config
+from tuning.sweep_outcome import conclude_sweep
 from tuning.sweep_queue import SweepQueue
 from tuning.sweep_run import JOURNAL, SweepRun
 from tuning.sweep_trials import SweepTrials
@@ -41,7 +42,7 @@ def plan(folder: Path, **changes: Any) -> SweepPlan:
 @contextmanager
 def begun(plan: SweepPlan, store: TrackingStore) -> Iterator[tuple[SweepRun, SweepTrials]]:
     """A sweep's run and its trials before the first one; both are ended afterwards."""
-    run = SweepRun.start(plan.config, store, "tiny", "steadymoe", "digest")
+    run = SweepRun.start(plan.config, store, "tiny", "steadymoe-sweeps", "digest")
     with run:
         trials = trials_of(plan, run, store)
         try:
@@ -162,3 +163,58 @@ def test_a_config_that_training_cannot_use_is_a_failed_trial_and_the_others_go_o
     assert isinstance(refused, Ended)
     assert "before the first step" in str(refused.reason)
     assert not isinstance(trials.failure, UserError)
+
+
+def test_a_sweep_with_a_trial_that_failed_ends_with_the_others(tmp_path: Path, store: TrackingStore) -> None:
+    space = {"model.init.std": {"kind": "grid", "values": [0.02, 0.03, 1.0e38]}}
+    three = plan(tmp_path, space=space)
+    with begun(three, store) as (run, trials):
+        for _ in range(3):
+            run_next(trials)
+        outcome = conclude_sweep(three, run)
+    assert [one.outcome for one in outcome.order] == ["finished", "finished", "failed"]
+    assert outcome.best is outcome.order[0]
+    assert outcome.best_file.exists()
+    assert len(outcome.findings) >= 1
+    page = (run.folder.figures / "compare.html").read_text(encoding="utf-8")
+    assert "0.03" in page
+    assert "1e+38" not in page
+
+
+def test_a_larger_budget_takes_the_search_up_again_after_the_final(tmp_path: Path, store: TrackingStore) -> None:
+    space = {"optimizer.lr": {"kind": "log_uniform", "low": 1e-3, "high": 1e-2}}
+    confirm = {"top": 2, "seeds": 2}
+    changes = {"space": space, "searcher": {"kind": "random"}, "confirm": confirm}
+    two = plan(tmp_path, **changes, budget={"trials": 2})
+    with begun(two, store) as (run, trials):
+        first = [run_next(trials) for _ in range(4)]
+        assert trials.next() == "end"
+        trials.close()
+        three = plan(tmp_path, **changes, budget={"trials": 3})
+        again = trials_of(three, run, store)
+        more = run_next(again)
+        assert run.journal.trials[more].begun.phase == "search"
+        while isinstance(given := again.next(), tuple):
+            again.started(given[0])
+            assert run.journal.trials[given[0]].begun.phase == "final"
+            again.failed(given[0], "not run here")
+        assert given == "end"
+        again.close()
+    assert more not in first
+
+
+def test_a_trial_that_an_earlier_driver_left_and_nobody_took_up_is_not_left_running(
+    tmp_path: Path, store: TrackingStore
+) -> None:
+    two = plan(tmp_path)
+    with begun(two, store) as (run, trials):
+        given = trials.next()
+        assert isinstance(given, tuple)
+        name, _ = given
+        trials.started(name)
+        trials.close()
+        folder = RunFolder(Path(run.journal.trials[name].begun.folder))
+        folder.ending.unlink()
+        store.client.update_run(in_mlflow(store, run)[name].info.run_id, status="RUNNING")
+        trials_of(two, run, store).close()
+        assert in_mlflow(store, run)[name].info.status == "KILLED"
