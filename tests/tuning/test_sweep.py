@@ -141,13 +141,7 @@ def test_a_sweep_whose_driver_is_killed_twice_ends_with_the_same_trials(home: Pa
             wait_until(lambda: "killed-1" in names(home))
             sweep = find_sweep("killed-1")
             wait_until(lambda: len(ended(sweep)) >= 2 + 2 * attempt and bool(at_work(sweep)))  # noqa: B023
-            started = driver.descendants()
-            driver.process.kill()
-            driver.wait()
-            for process in started:
-                if process.is_running():
-                    process.kill()
-            psutil.wait_procs(started, timeout=60)
+            kill(driver)
         assert client.get_run(sweep.info.id).info.status == "RUNNING"  # nobody was left to say otherwise
         known = {name: ended(sweep)[name] for name in ended(sweep)}
     run_steadymoe(home, "sweep", "--resume", "killed-1")
@@ -157,6 +151,17 @@ def test_a_sweep_whose_driver_is_killed_twice_ends_with_the_same_trials(home: Pa
     assert {name.replace("killed", "undisturbed"): loss for name, loss in again.items()} == whole
     assert client.get_run(sweep.info.id).info.status == "FINISHED"
     check_tree(client, sweep)
+
+
+def kill(driver: Driver) -> None:
+    """Kill a driver and everything that it has started, as the loss of a machine would."""
+    started = driver.descendants()
+    driver.process.kill()
+    driver.wait()
+    for process in started:
+        if process.is_running():
+            process.kill()
+    psutil.wait_procs(started, timeout=60)
 
 
 def names(home: Path) -> set[str]:
@@ -239,3 +244,33 @@ def value_at(trial: TrialState, step: int) -> float:
     """The rate that a trial of a population has after an exploit's step."""
     later = [exploit.values for exploit in trial.exploits if exploit.step <= step]
     return float((later or [trial.begun.values])[-1]["optimizer.lr"])
+
+
+@pytest.mark.slow
+def test_a_population_whose_driver_was_killed_meets_again_and_comes_to_its_end(home: Path) -> None:
+    file = write(
+        home,
+        "resumed",
+        space={"optimizer.lr": {"kind": "log_uniform", "low": 1e-5, "high": 1e-2}},
+        searcher={"kind": "random"},
+        scheduler={"kind": "pbt", "interval_steps": 10},
+        budget={"trials": 4},
+        confirm=None,
+    )
+    with Driver(home, "sweep", file, *SETTINGS) as driver:
+        wait_until(lambda: "resumed-1" in names(home))
+        sweep = find_sweep("resumed-1")
+        wait_until(lambda: any(one.step >= 20 for t in journal_of(sweep).trials.values() for one in t.exploits))
+        kill(driver)
+    before = [one for trial in journal_of(sweep).trials.values() for one in trial.exploits]
+    run_steadymoe(home, "sweep", "--resume", "resumed-1")
+    trials = journal_of(sweep).trials.values()
+    assert len(trials) == 4
+    assert all(trial.step == STEPS for trial in trials)
+    exploits = [one for trial in trials for one in trial.exploits]
+    assert len(exploits) > len(before)
+    assert max(one.step for one in exploits) > max(one.step for one in before)
+    client = client_of(home)
+    for run in trials_of(client, sweep):
+        assert run.info.status == "FINISHED"
+        assert [p.step for p in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, STEPS + 1))
