@@ -1,6 +1,8 @@
 """The training of one run by Ray Train workers, as the driver sees it: from their start to how it ended."""
 
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pipelines.config import RunConfig
 from pipelines.interrupts import Interrupts
@@ -22,6 +24,12 @@ def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgr
         KeyboardInterrupt: the user does not want to wait, or nothing was trained that could be saved.
     """
     started_ms = time.time_ns() // 1_000_000
+    job = WorkerJob(
+        config=config.model_dump(mode="json"),
+        run_folder=str(folder.path),
+        shards=str(shards.folder),
+        started_ms=started_ms,
+    )
     folder.stop.unlink(missing_ok=True)
 
     def stop() -> bool:
@@ -33,10 +41,7 @@ def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgr
         return True
 
     try:
-        ending = interrupts.wait(lambda: _run_workers(config, shards, folder, started_ms), stop)
-        if ending.outcome == "failed":
-            settle(folder, FAILURES, last_step(folder.spool), state="aborted")
-        return ending
+        return interrupts.wait(lambda: run_workers(config, folder, started_ms, train_worker, job), stop)
     except KeyboardInterrupt:
         import ray
 
@@ -47,7 +52,22 @@ def fit(config: RunConfig, shards: Shards, folder: RunFolder, progress: RunProgr
         folder.stop.unlink(missing_ok=True)
 
 
-def _run_workers(config: RunConfig, shards: Shards, folder: RunFolder, started_ms: int) -> Ending:
+def run_workers(
+    config: RunConfig,
+    folder: RunFolder,
+    started_ms: int,
+    loop: Callable[[Any], dict[str, Any]],
+    job: Mapping[str, Any],
+) -> Ending:
+    """Start the workers of a run with Ray Train, and again when some fail, until their ``loop`` returns.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        started_ms: when this attempt began, in milliseconds since 1970.
+        loop: what each worker does with ``job``; returns an `Ending` as a mapping, the same on every rank.
+        job: plain values.
+    """
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -55,14 +75,8 @@ def _run_workers(config: RunConfig, shards: Shards, folder: RunFolder, started_m
     from pipelines.process_group import torch_config
 
     gpu = uses_gpu(config)
-    job = WorkerJob(
-        config=config.model_dump(mode="json"),
-        run_folder=str(folder.path),
-        shards=str(shards.folder),
-        started_ms=started_ms,
-    )
     trainer = TorchTrainer(
-        train_worker,
+        loop,
         train_loop_config=dict(job),
         torch_config=torch_config("nccl" if gpu else "gloo", config.recovery.stall_timeout_s),
         scaling_config=ray.train.ScalingConfig(
@@ -79,9 +93,12 @@ def _run_workers(config: RunConfig, shards: Shards, folder: RunFolder, started_m
         ),
     )
     try:
-        return Ending(**trainer.fit().return_value)
+        ending = Ending(**trainer.fit().return_value)
     except ray.train.TrainingFailedError as error:
-        return Ending("failed", 0, _why(folder, started_ms, config.recovery.max_restarts, error))
+        ending = Ending("failed", 0, _why(folder, started_ms, config.recovery.max_restarts, error))
+    if ending.outcome == "failed":
+        settle(folder, FAILURES, last_step(folder.spool), state="aborted")
+    return ending
 
 
 def _why(folder: RunFolder, started_ms: int, max_restarts: int, error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import FrameType, TracebackType
@@ -10,6 +11,8 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 
 _POLL_S = 0.1
+# Whoever signals a process and its group, as `timeout` does, means one signal.
+_SAME_S = 0.1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -23,7 +26,7 @@ class Interrupts:
     def __init__(self) -> None:
         self._old: dict[int, Any] = {}
         self._waiting = False
-        self._asked = False
+        self._asked_s: float | None = None
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
@@ -64,7 +67,7 @@ class Interrupts:
                 except TimeoutError:
                     if done.done():
                         raise
-                if self._asked and not asked:
+                if self._asked_s is not None and not asked:
                     asked = True
                     if not ask():
                         raise KeyboardInterrupt
@@ -72,6 +75,7 @@ class Interrupts:
             self._waiting = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._waiting or self._asked:
+        now = time.monotonic()
+        if not self._waiting or (self._asked_s is not None and now - self._asked_s > _SAME_S):
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked_s = self._asked_s or now

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from pipelines.addresses import place_of, silence_at
 from pipelines.config import RunConfig
@@ -17,6 +18,8 @@ QUIET_AND_QUICK = {
     # Processes and threads of Ray Train that a run here has no use for: about 1 s of a core each at the start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Threads that outlive their session must fail: Ray would start a cluster for them.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
 # Despite its name it counts on Linux too: with 0, a Ray cluster on one machine binds the loopback interface alone.
@@ -28,6 +31,12 @@ _KEPT_HEAP = {
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+
+
+def set_defaults(further: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Put `QUIET_AND_QUICK` and ``further`` into this process's environment, where the user has not set them."""
+    for name, value in {**QUIET_AND_QUICK, **further}.items():
+        os.environ.setdefault(name, value)
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
@@ -48,8 +57,7 @@ def connect(environment: Mapping[str, str] | None = None) -> Iterator[dict[str, 
         UserError: no cluster answers at ``RAY_ADDRESS``.
     """
     address = os.environ.get("RAY_ADDRESS")
-    for name, value in {**QUIET_AND_QUICK, **({} if address else LOOPBACK)}.items():
-        os.environ.setdefault(name, value)
+    set_defaults({} if address else LOOPBACK)
     import ray
 
     if ray.is_initialized():

@@ -1,6 +1,7 @@
 """What one Ray Train worker does: take its place among the ranks and run the training loop."""
 
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,16 +22,25 @@ class WorkerJob(TypedDict):
 
 
 def train_worker(job: WorkerJob) -> dict[str, Any]:
-    """Ray Train's loop function; Ray has set up the process group. Returns ``pipelines.loop.Ending`` as a mapping."""
+    """Ray Train's loop function; Ray has set up the process group. Returns an `Ending` as a mapping."""
+    folder = RunFolder(Path(job["run_folder"]))
+    return work(folder, job["started_ms"], lambda: _train(job, folder))
+
+
+def work(folder: RunFolder, started_ms: int, train: Callable[[], Ending]) -> dict[str, Any]:
+    """Run ``train`` as a worker of Ray Train does, unless that has failed twice in the same way since ``started_ms``.
+
+    Returns:
+        How it ended, as a mapping.
+    """
     from pipelines.failures import hopeless
     from pipelines.notes import read_notes
 
-    folder = RunFolder(Path(job["run_folder"]))
-    recent = [note for note in read_notes(folder.notes) if note.time_ms >= job["started_ms"]]
+    recent = [note for note in read_notes(folder.notes) if note.time_ms >= started_ms]
     if reason := hopeless(recent):
         return Ending("failed", 0, reason).to_json()
     try:
-        return _train(job, folder).to_json()
+        return train().to_json()
     except UserError as error:
         # Every rank raises it alike: what the outside world refuses is found out by all together.
         return Ending("refused", 0, str(error)).to_json()

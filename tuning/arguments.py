@@ -1,6 +1,6 @@
 """The arguments of this wing's commands. Imports none of torch, ray and mlflow: a mistake is answered at once."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg, CliToggleFlag
@@ -81,21 +81,25 @@ class SweepArguments(BaseModel):
     """No trial is begun that would not end within so many minutes; otherwise the sweep's own budget."""
     resume: str | None = None
     """Go on with a sweep, by its id, its name or latest: no finished trial is run again."""
+    nested: CliToggleFlag[bool] = False
+    """Make each trial a Ray Train run of its own, for long ones; some ten seconds each."""
     print_config: CliToggleFlag[bool] = False
     """Print the whole sweep, and stop."""
 
     @property
-    def changed(self) -> dict[str, dict[str, float | int]]:
+    def changed(self) -> dict[str, Any]:
         """Keys of the sweep that the user has given in place of its own."""
         given = {"minutes": self.budget_minutes, "trials": self.trials}
         budget = {key: value for key, value in given.items() if value is not None}
-        return {"budget": budget} if budget else {}
+        return {**({"budget": budget} if budget else {}), **({"nested": True} if self.nested else {})}
 
     @model_validator(mode="after")
     def _one_sweep(self) -> Self:
         _refuse_several("sweep", self.sweep)
         if self.resume is not None:
             _refuse_beside_resume("sweep", self.sweep, self.print_config, self.settings)
+            if self.nested:
+                raise UserError("--nested: a sweep that goes on keeps the kind of its trials; leave it out")
         elif not self.sweep and self.model_fields_set - {"sweep"}:
             raise UserError("no sweep given; name one, for example: steadymoe sweep stability")
         return self

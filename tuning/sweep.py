@@ -154,7 +154,10 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
         def ask() -> bool:
             nonlocal asked
             asked = True
-            stop.set()
+            if plan.config.nested:
+                trials.save_and_stop()
+            else:
+                stop.set()
             progress.say("Stopping; trials that are not finished go on with --resume. A second time ends it at once.")
             return True
 
@@ -168,6 +171,7 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
                 stop,
                 _scheduler(plan, sweep_run, trials),
                 at_once=population or 1,
+                nested=plan.config.nested,
             )
 
         def close() -> None:
@@ -227,6 +231,9 @@ def _in_words(plan: SweepPlan, config: RunConfig, slots: int) -> str:
 
 
 def _tell(sweep_run: SweepRun, outcome: SweepOutcome, view: View, stopped: bool, console: Console) -> int:
+    if not outcome.order:
+        print_line(console, "No trial has come to its end yet.")
+        return _tell_place(sweep_run, view, stopped, console)
     console.print()
     console.print(outcome.table())
     for sentence in outcome.findings:
@@ -239,6 +246,11 @@ def _tell(sweep_run: SweepRun, outcome: SweepOutcome, view: View, stopped: bool,
     page = sweep_run.folder.figures / PAGE
     if page.exists():
         print_line(console, f"Report    {page}")
+    return _tell_place(sweep_run, view, stopped, console)
+
+
+def _tell_place(sweep_run: SweepRun, view: View, stopped: bool, console: Console) -> int:
+    """Where everything is, and how to go on; the exit code."""
     print_links(sweep_run.folder, view, console)
     if sweep_run.undelivered:
         print_line(console, sweep_run.undelivered)

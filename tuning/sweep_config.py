@@ -156,6 +156,9 @@ class SweepConfig(Config):
     budget: BudgetConfig = Field(default=BudgetConfig())
     concurrent: PositiveInt | None = None
     """Trials at a time; None is as many as the cluster holds."""
+    nested: bool = False
+    """Whether each trial is a Ray Train run of its own, whose workers are started again one by one and which saves
+    checkpoints as the base says: for trials so long that the ten seconds a trial which that costs do not count."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -182,6 +185,8 @@ class SweepConfig(Config):
             raise ValueError("budget: should be trials (the population, at least 2) alone with scheduler.kind=pbt")
         if self.seeds > 1 or self.confirm is not None:
             raise ValueError("seeds and confirm: do not go with scheduler.kind=pbt, whose values change on the way")
+        if self.nested:
+            raise ValueError("nested: does not go with scheduler.kind=pbt, whose trials pass on their states")
         if any(dimension.when for dimension in self.space.values()):
             raise ValueError("space: when does not go with scheduler.kind=pbt, whose values change on the way")
         return self

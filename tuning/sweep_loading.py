@@ -32,12 +32,10 @@ from tuning.sweep_config import (
 SWEEPS = Path(__file__).parent / "presets" / "sweeps"
 
 # What a trial has where the sweep does not say otherwise. An answer to a spike would hide what the values of the space
-# do to it; the state of a short trial is of no use to anybody.
-_TRIAL: Tree = {
-    "response": {"kind": "record"},
-    "checkpoint": {"every_steps": 0, "at_end": False},
-    "tracking": {"experiment": "steadymoe-sweeps"},
-}
+# do to it.
+_TRIAL: Tree = {"response": {"kind": "record"}, "tracking": {"experiment": "steadymoe-sweeps"}}
+# The state of a short trial is of no use to anybody.
+_SHORT_TRIAL: Tree = {**_TRIAL, "checkpoint": {"every_steps": 0, "at_end": False}}
 # Random points that are looked at before the first trial.
 _PROBES = 100
 
@@ -121,7 +119,7 @@ def trial_config(plan: SweepPlan, values: Values, seed: int) -> RunConfig:
     if isinstance(plan.config.scheduler, PbtSchedulerConfig):
         # Whoever takes over a trial's state finds it as it was when they were compared.
         own["checkpoints"] = {"checkpoint": {"every_steps": plan.config.scheduler.interval_steps}}
-    return _config(plan.config, values, _TRIAL, own)
+    return _config(plan.config, values, _TRIAL if plan.config.nested else _SHORT_TRIAL, own)
 
 
 def _config(

@@ -77,6 +77,7 @@ class SweepTrials(TrialSource):
         self._started: dict[str, float] = {}
         self._steps = steps
         self._runs = TrialRuns(store, shards, run.info.id)
+        self._saving = False
         self.failure: Exception | None = None
         """Why the sweep cannot go on: a UserError if the config is the reason."""
         for trial in self._journal.trials.values():
@@ -93,6 +94,8 @@ class SweepTrials(TrialSource):
 
     def next(self) -> tuple[str, TrialJob] | Literal["wait", "end"]:
         """The next trial."""
+        if self._saving:
+            return "end"
         while self._unfinished:
             begun = self._unfinished.pop(0)
             if self._was_stopped(begun.name):
@@ -113,6 +116,12 @@ class SweepTrials(TrialSource):
                 begun = Begun(name, wanted.number, wanted.seed, wanted.values, wanted.phase, str(folder))
                 self._journal.add(begun)
                 return begun.name, self._job(begun)
+
+    def save_and_stop(self) -> None:
+        """Ask the trials that run to save and to stop where they are, and begin no other."""
+        self._saving = True
+        for tracked in list(self._tracked.values()):
+            tracked.folder.stop.touch()
 
     def _only_seed(self, seed: int) -> bool:
         return self._plan.config.seeds == 1 and seed == self._plan.first_seed
@@ -157,6 +166,8 @@ class SweepTrials(TrialSource):
             case "finished" | "diverged" as outcome:
                 self._steps[name] = ending.step
                 self._over(name, outcome, ending.reason)
+            case "stopped":
+                self._steps.pop(name, None)  # `save_and_stop`: it is not over
             case _:
                 self._fail(name, UserError(f"trial {name}: {ending.reason}"))
 
@@ -218,6 +229,7 @@ class SweepTrials(TrialSource):
 
     def _job(self, begun: Begun) -> TrialJob:
         self._track(begun)
+        RunFolder(Path(begun.folder)).stop.unlink(missing_ok=True)
         known = self._journal.trials[begun.name]
         job = self._job_of(begun, known.values)
         if known.exploits and (state := self._not_taken_over(begun, known.exploits[-1])) is not None:

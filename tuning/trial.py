@@ -44,6 +44,20 @@ def resources(parallel: ParallelConfig, gpu: bool) -> tune.PlacementGroupFactory
     return tune.PlacementGroupFactory([bundle] * parallel.workers)
 
 
+def trial_result(progress: Progress) -> dict[str, Any]:
+    """What Tune is told of where a trial is."""
+    ending = progress.ending
+    result: dict[str, Any] = {
+        "step": progress.step,
+        "outcome": ending.outcome if ending else None,
+        "reason": ending.reason if ending else None,
+        "done": ending is not None,
+    }
+    if progress.rung_loss is not None:
+        result[RUNG_LOSS] = progress.rung_loss if math.isfinite(progress.rung_loss) else DIVERGED_LOSS
+    return result
+
+
 class Peer:
     """Rank 1 and above, as a child actor of rank 0's."""
 
@@ -103,16 +117,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
         taken, steps = time.perf_counter() - started, max(1, min(steps, progress.step - before))
         # At most doubled: the first step of a process takes a second or two more than the others.
         self._stride = max(1, min(2 * steps, round(steps * _REPORT_EVERY_S / max(taken, 1e-6)), _MOST_STEPS))
-        ending = progress.ending
-        result: dict[str, Any] = {
-            "step": progress.step,
-            "outcome": ending.outcome if ending else None,
-            "reason": ending.reason if ending else None,
-            "done": ending is not None,
-        }
-        if progress.rung_loss is not None:
-            result[RUNG_LOSS] = progress.rung_loss if math.isfinite(progress.rung_loss) else DIVERGED_LOSS
-        return result
+        return trial_result(progress)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Where the run's newest state is."""

@@ -62,28 +62,35 @@ def run_trials(
     stop: threading.Event,
     make_scheduler: "Callable[[], TrialScheduler] | None" = None,
     at_once: int = 1,
+    nested: bool = False,
 ) -> None:
     """Run the trials of ``source``, ``slots`` at a time, until there are none left or ``stop`` is set. Needs Ray.
 
     Trials that run when ``stop`` is set are left where they are: nobody is told of them. Tune's own files are in
     ``folder`` for the while, which every node of the cluster must see. A scheduler is made here, for it takes Ray; with
-    one that compares trials in step, ``at_once`` of them must be there from the start.
+    one that compares trials in step, ``at_once`` of them must be there from the start. ``nested`` trials are Ray Train
+    runs, each with processes of its own.
     """
     # As many wait for a slot as there are, so that none idles when several end at once.
     os.environ.update({**_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(max(slots, at_once))})
     from ray import tune
 
-    from tuning.trial import TrainingTrial, resources
+    from tuning import nested_trial, trial
     from tuning.tune_adapters import Reporter, Search, Stop, trial_name
 
     storage = folder / "tune"
+    trainable, resources = (
+        (nested_trial.NestedTrial, nested_trial.resources())
+        if nested
+        else (trial.TrainingTrial, trial.resources(parallel, gpu))
+    )
     tuner = tune.Tuner(
-        tune.with_resources(TrainingTrial, resources(parallel, gpu)),
+        tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
             search_alg=Search(source),
             scheduler=make_scheduler() if make_scheduler is not None else None,
             num_samples=-1,
-            reuse_actors=True,
+            reuse_actors=not nested,
             trial_name_creator=trial_name,
             trial_dirname_creator=trial_name,
         ),

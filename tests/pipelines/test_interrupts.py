@@ -59,6 +59,25 @@ def test_the_second_signal_ends_the_wait() -> None:
     release.set()
 
 
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    asked = threading.Event()
+
+    def twice() -> None:
+        # As `timeout` and service managers do it: to the process, and to its group.
+        _raise(signal.SIGTERM)()
+        time.sleep(0.02)
+        _raise(signal.SIGTERM)()
+
+    def work() -> str:
+        _soon(twice)
+        assert asked.wait(60)
+        time.sleep(0.1)
+        return "saved"
+
+    with Interrupts() as interrupts:
+        assert interrupts.wait(work, lambda: asked.set() or True) == "saved"  # type: ignore[func-returns-value]
+
+
 def test_a_signal_in_the_moment_when_the_work_begins_asks_it_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
     start = threading.Thread.start

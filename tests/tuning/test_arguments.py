@@ -92,6 +92,7 @@ def test_what_is_given_in_place_of_the_sweep_s_own_budget() -> None:
     given = sweep("stability", "--trials", "3", "--budget-minutes", "0.5", "--set", "seed=1")
     assert (given.changed, given.settings) == ({"budget": {"minutes": 0.5, "trials": 3}}, ["seed=1"])
     assert sweep("--resume", "stability-1", "--trials", "9").changed == {"budget": {"trials": 9}}
+    assert sweep("stability", "--nested").changed == {"nested": True}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,7 @@ def test_what_is_given_in_place_of_the_sweep_s_own_budget() -> None:
         (["--resume", "x", "a"], "--resume takes the sweep as it was begun, so no name may be given; leave out a"),
         (["--resume", "x", "--set", "seed=1"], "--set: a sweep that goes on keeps its config"),
         (["--resume", "x", "--print-config"], "--print-config shows what a sweep expands to, so it does not go with"),
+        (["--resume", "x", "--nested"], "--nested: a sweep that goes on keeps the kind of its trials; leave it out"),
         (["--trials", "3"], "no sweep given; name one, for example: steadymoe sweep stability"),
         (["a", "--trials", "0"], "--trials 0: should be greater than 0"),
         (["a", "--budget-minutes", "nan"], "--budget-minutes nan: should be"),

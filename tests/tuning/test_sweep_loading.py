@@ -220,6 +220,7 @@ OF_THE_REST: list[tuple[dict[str, Any], str]] = [
     ({**PBT, "searcher": {"kind": "tpe"}}, "searcher.kind: should be random with scheduler.kind=pbt"),
     ({**PBT, "budget": {"trials": 1}}, "budget: should be trials (the population, at least 2) alone"),
     ({**PBT, "budget": {"trials": 4, "minutes": 5}}, "budget: should be trials (the population, at least 2) alone"),
+    ({**PBT, "nested": True}, "nested: does not go with scheduler.kind=pbt"),
     ({**PBT, "confirm": {}}, "seeds and confirm: do not go with scheduler.kind=pbt"),
     (
         {

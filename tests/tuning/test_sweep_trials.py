@@ -10,6 +10,8 @@ import pytest
 from mlflow.entities import Run
 
 from pipelines.errors import UserError
+from pipelines.notes import read_notes
+from pipelines.outcome import Ending
 from pipelines.prepare import prepare
 from pipelines.run_folder import RunFolder
 from pipelines.tracking_store import TrackingStore, local_database, open_store
@@ -100,6 +102,34 @@ def test_a_trial_that_the_scheduler_ends_is_pruned_with_what_it_had_shown(tmp_pa
     assert pruned.metrics["sweep/steps"] == 6
     assert pruned.metrics["sweep/max_vio_global"] == pruned.metrics["moe/max_vio_global"]
     assert "step 6" in pruned.tags["mlflow.note.content"]
+
+
+def test_a_nested_trial_that_was_asked_to_stop_saves_and_goes_on_from_there(
+    tmp_path: Path, store: TrackingStore
+) -> None:
+    nested = plan(tmp_path, nested=True)
+    with begun(nested, store) as (run, trials):
+        given = trials.next()
+        assert isinstance(given, tuple)
+        name, job = given
+        trials.started(name)
+        rank = TrialRank(0)
+        rank.begin(job)
+        assert rank.advance(4).step == 4
+        trials.save_and_stop()
+        assert trials.next() == "end"
+        ending = rank.advance(1000).ending
+        assert ending == Ending("stopped", 5, "asked to stop at step 5")
+        trials.ended(name, ending)
+    assert in_mlflow(store, run)[name].info.status == "KILLED"
+    resumed = SweepRun.reopen(nested.config, store, run.folder, "digest")
+    with resumed:
+        trials = trials_of(nested, resumed, store)
+        assert run_next(trials) == name
+        folder = RunFolder(Path(job["run_folder"]))
+        assert "training goes on after step 5" in [note.text for note in read_notes(folder.notes)]
+        trials.close()
+    assert in_mlflow(store, run)[name].info.status == "FINISHED"
 
 
 def test_what_a_driver_was_killed_before_it_could_tell_is_told_when_the_sweep_goes_on(
