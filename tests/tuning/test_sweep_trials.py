@@ -201,6 +201,7 @@ def test_a_sweep_with_a_trial_that_failed_ends_with_the_others(tmp_path: Path, s
     with begun(three, store) as (run, trials):
         for _ in range(3):
             run_next(trials)
+        trials.close()
         outcome = conclude_sweep(three, run)
     assert [one.outcome for one in outcome.order] == ["finished", "finished", "failed"]
     assert outcome.best is outcome.order[0]
