@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from pipelines.progress import clock
-from tuning.comparison.comparing import Comparison, Configuration
+from tuning.comparison.comparing import Comparison, Configuration, by_seed
+from tuning.comparison.early import Early, early_point
 from tuning.comparison.keys import shown
 from tuning.comparison.runs import ComparedRun
 from tuning.report import plus_minus
-from tuning.statistics import Interval
+from tuning.statistics import Interval, interval
 
 NOTHING = "–"
 """In place of what there is not."""
@@ -41,9 +42,11 @@ _LAST = 1e300
 
 
 def configurations_sheet(comparison: Comparison) -> Sheet:
-    """A row for each configuration, the best first."""
+    """A row for each configuration, the best first; early losses, too, where most runs have no other."""
+    early = early_point(comparison)
     figures = (
         "seeds",
+        *_early_heading(early),
         "validation loss",
         "difference to the reference",
         "MaxVio",
@@ -53,10 +56,14 @@ def configurations_sheet(comparison: Comparison) -> Sheet:
         "time",
     )
     headings = ("", *comparison.keys, *figures)
-    return Sheet(headings, tuple(_row(comparison, each) for each in comparison.configurations))
+    return Sheet(headings, tuple(_row(comparison, early, each) for each in comparison.configurations))
 
 
-def _row(comparison: Comparison, each: Configuration) -> tuple[Cell, ...]:
+def _early_heading(early: Early | None) -> Sequence[str]:
+    return () if early is None else (f"validation loss {early.after}",)
+
+
+def _row(comparison: Comparison, early: Early | None, each: Configuration) -> tuple[Cell, ...]:
     tokens, runs = comparison.tokens, each.runs
     values = [_value(each, key) for key in comparison.keys]
     difference = comparison.difference(each)
@@ -66,6 +73,7 @@ def _row(comparison: Comparison, each: Configuration) -> tuple[Cell, ...]:
         Cell(f"#{each.number}", float(each.number)),
         *values,
         _seeds(each),
+        *_early_loss(early, each.runs),
         _interval(each.loss),
         Cell(difference.words, difference.paired.mean if difference.paired else _LAST),
         _interval(each.max_vio),
@@ -74,6 +82,13 @@ def _row(comparison: Comparison, each: Configuration) -> tuple[Cell, ...]:
         Cell(lost, each.diverged / len(runs)),
         Cell(clock(seconds), seconds) if seconds is not None else Cell(NOTHING, _LAST),
     )
+
+
+def _early_loss(early: Early | None, runs: Sequence[ComparedRun]) -> Sequence[Cell]:
+    if early is None:
+        return ()
+    losses = by_seed(runs, early.loss)
+    return (_interval(interval(list(losses.values())) if losses else None),)
 
 
 def _value(each: Configuration, key: str) -> Cell:
@@ -102,18 +117,21 @@ def _mean(values: Sequence[int]) -> Cell:
 
 def runs_sheet(comparison: Comparison) -> Sheet:
     """A row for each run, by configuration."""
-    headings = ("configuration", "run", "seed", "validation loss", "MaxVio", "spikes", "steps lost", "tokens", "state")
+    early = early_point(comparison)
+    figures = (*_early_heading(early), "validation loss", "MaxVio", "spikes", "steps lost", "tokens", "state")
     runs = [run for each in comparison.configurations for run in each.runs]
-    return Sheet(headings, tuple(_run_row(comparison, run) for run in runs))
+    rows = tuple(_run_row(comparison, early, run) for run in runs)
+    return Sheet(("configuration", "run", "seed", *figures), rows)
 
 
-def _run_row(comparison: Comparison, run: ComparedRun) -> tuple[Cell, ...]:
+def _run_row(comparison: Comparison, early: Early | None, run: ComparedRun) -> tuple[Cell, ...]:
     number, tokens = comparison.number_of[run.info.id], comparison.tokens
     spikes, lost = run.spikes_by(tokens), run.steps_lost_by(tokens)
     return (
         Cell(f"#{number}", float(number)),
         Cell(run.info.name, run.info.name),
         Cell(str(run.seed), float(run.seed)),
+        *_early_loss(early, [run]),
         _figure(comparison.loss(run), 4),
         _figure(comparison.max_vio(run), 3),
         Cell(str(spikes), float(spikes)),
