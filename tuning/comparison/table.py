@@ -46,10 +46,10 @@ def configurations_sheet(comparison: Comparison) -> Sheet:
     early = early_point(comparison)
     figures = (
         "seeds",
-        *_early_heading(early),
         "validation loss",
         "difference to the reference",
         "MaxVio",
+        *_early_heading(early),
         "spikes",
         "steps lost",
         "diverged",
@@ -73,10 +73,10 @@ def _row(comparison: Comparison, early: Early | None, each: Configuration) -> tu
         Cell(f"#{each.number}", float(each.number)),
         *values,
         _seeds(each),
-        *_early_loss(early, each.runs),
         _interval(each.loss),
         Cell(difference.words, difference.paired.mean if difference.paired else _LAST),
         _interval(each.max_vio),
+        *_early_loss(early, each.runs),
         _mean([run.spikes_by(tokens) for run in runs]),
         _mean([run.steps_lost_by(tokens) for run in runs]),
         Cell(lost, each.diverged / len(runs)),
@@ -118,7 +118,7 @@ def _mean(values: Sequence[int]) -> Cell:
 def runs_sheet(comparison: Comparison) -> Sheet:
     """A row for each run, by configuration."""
     early = early_point(comparison)
-    figures = (*_early_heading(early), "validation loss", "MaxVio", "spikes", "steps lost", "tokens", "state")
+    figures = ("validation loss", "MaxVio", *_early_heading(early), "spikes", "steps lost", "tokens", "state")
     runs = [run for each in comparison.configurations for run in each.runs]
     rows = tuple(_run_row(comparison, early, run) for run in runs)
     return Sheet(("configuration", "run", "seed", *figures), rows)
@@ -131,9 +131,9 @@ def _run_row(comparison: Comparison, early: Early | None, run: ComparedRun) -> t
         Cell(f"#{number}", float(number)),
         Cell(run.info.name, run.info.name),
         Cell(str(run.seed), float(run.seed)),
-        *_early_loss(early, [run]),
         _figure(comparison.loss(run), 4),
         _figure(comparison.max_vio(run), 3),
+        *_early_loss(early, [run]),
         Cell(str(spikes), float(spikes)),
         Cell(str(lost), float(lost)),
         Cell(f"{run.tokens:,}", float(run.tokens)),
