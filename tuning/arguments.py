@@ -1,11 +1,23 @@
 """The arguments of this wing's commands. Imports none of torch, ray and mlflow: a mistake is answered at once."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 
 from pipelines.errors import UserError
+
+# Infinitely many are no budget; a command without the option has the file's own.
+Minutes = Annotated[PositiveFloat, AllowInfNan(False)]
 
 
 class StudyArguments(BaseModel):
@@ -28,7 +40,7 @@ class StudyArguments(BaseModel):
     """A study by name, or a YAML file (ending in .yaml); without one, a list of the studies that there are."""
     settings: list[str] = Field(default=[], alias="set")
     """Set any key of all runs' configs, under what the arms set; the value is YAML; repeatable."""
-    budget_minutes: PositiveFloat | None = None
+    budget_minutes: Minutes | None = None
     """No block is begun that would not end within so many minutes, except the first; otherwise the study's own."""
     blocks: PositiveInt | None = None
     """At most so many blocks, each with a seed of its own; otherwise the study's own."""
@@ -77,7 +89,7 @@ class SweepArguments(BaseModel):
     """Set any key of all runs' configs, under what the space sets; the value is YAML; repeatable."""
     trials: PositiveInt | None = None
     """At most so many trials in the search; otherwise the sweep's own budget."""
-    budget_minutes: PositiveFloat | None = None
+    budget_minutes: Minutes | None = None
     """No trial is begun that would not end within so many minutes; otherwise the sweep's own budget."""
     resume: str | None = None
     """Go on with a sweep, by its id, its name or latest: no finished trial is run again."""

@@ -3,7 +3,6 @@
 import hashlib
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from tuning.blocks import Blocks, blocks_of
 from tuning.cost import Cost, block_cost
 from tuning.driving import run_to_end, say_what_is_untold
 from tuning.outcome import Outcome, conclude
-from tuning.parent_run import end_orphaned_parents
+from tuning.parent_run import Stopwatch, end_orphaned_parents
 from tuning.study_config import StudyConfig
 from tuning.study_loading import load_study, trial_configs
 from tuning.study_progress import StudyProgress
@@ -129,9 +128,9 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
 
         def close() -> None:
             trials.close()
-            study_run.progress.add_minutes((time.monotonic() - started) / 60)
+            stopwatch.note()
 
-        started = time.monotonic()
+        stopwatch = Stopwatch(study_run.progress)
         run_to_end(work, interrupts, ask, close)
     say_what_is_untold(trials.untold, console)
     if trials.failure is not None:

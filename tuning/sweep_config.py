@@ -79,7 +79,8 @@ class PbtSchedulerConfig(Config):
 
     kind: Literal["pbt"] = "pbt"
     interval_steps: PositiveInt
-    """Optimizer steps between exploits; all trials wait for each other there."""
+    """Optimizer steps between exploits; all trials wait for each other there. Above the longest warm-up in the space: a
+    trial with a longer one would be replaced by construction."""
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
     """The share of trials that are replaced, and of those that replace them."""
     resample_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
@@ -125,12 +126,12 @@ class BudgetConfig(Config):
     trials: PositiveInt | None = None
     """Trials of the search; a grid ends by itself."""
     tokens: PositiveInt | None = None
-    """Training tokens of the search."""
+    """Training tokens of the whole sweep, resumed ones included; what the final reads is kept for it."""
     minutes: PositiveFloat | None = None
     """Of the whole sweep, resumed ones included; what the final takes at the pace so far is kept for it."""
     tokens_per_trial: PositiveInt | None = None
-    """Instead of ``schedule.steps``: as many steps as read so many tokens. Needed where the space changes the batch, so
-    that losses are of equal amounts of text."""
+    """Instead of ``schedule.steps``: as many whole steps as read at most so many tokens. Needed where the space changes
+    the batch, so that losses are of equal amounts of text; there it must be whole steps of every batch size."""
 
 
 class SweepConfig(Config):

@@ -38,6 +38,8 @@ _TRIAL: Tree = {"response": {"kind": "record"}, "tracking": {"experiment": "stea
 _SHORT_TRIAL: Tree = {**_TRIAL, "checkpoint": {"every_steps": 0, "at_end": False}}
 # Random points that are looked at before the first trial.
 _PROBES = 100
+# Sizes of a step that a message names.
+_LISTED = 4
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def _config(
         config = load_config(sweep.base, trees=trees)
         if (tokens := sweep.budget.tokens_per_trial) is not None:
             per_step = config.data.global_batch_size * config.data.sequence_length
-            trees["budget.tokens_per_trial"] = {"schedule": {"steps": max(1, tokens // per_step)}}
+            if tokens < per_step:
+                raise UserError(f"budget.tokens_per_trial: should be at least {per_step:,}, which one step reads")
+            trees["budget.tokens_per_trial"] = {"schedule": {"steps": tokens // per_step}}
             config = load_config(sweep.base, trees=trees)
     except UserError as error:
         raise _of(f"at {label(values, short_names(list(sweep.space)))}", str(error)) from None
@@ -157,6 +161,7 @@ def _plan(sweep: SweepConfig) -> SweepPlan:
     points = _points(sweep)
     configs = [_config(sweep, values) for values in points]
     _refuse_unequal_text(sweep, configs)
+    _refuse_few_tokens(sweep, configs[0].tokens)
     _refuse_idle_searcher(sweep)
     _refuse_missing_measures(sweep, configs)
     rungs = _rungs(sweep, configs)
@@ -174,7 +179,14 @@ def _plan(sweep: SweepConfig) -> SweepPlan:
 
 def _refuse_unequal_text(sweep: SweepConfig, configs: Sequence[RunConfig]) -> None:
     tokens = {config.tokens for config in configs}
-    if len(tokens) > 1 and sweep.budget.tokens_per_trial is None:
+    if len(tokens) > 1 and sweep.budget.tokens_per_trial is not None:
+        steps = sorted({config.data.global_batch_size * config.data.sequence_length for config in configs})
+        listed = ", ".join(f"{step:,}" for step in steps[:_LISTED]) + (" ..." if len(steps) > _LISTED else "")
+        raise UserError(
+            f"budget.tokens_per_trial: should be a multiple of {math.lcm(*steps):,}, for a step of a trial reads "
+            f"{listed} tokens, and losses are compared after equal amounts of text"
+        )
+    if len(tokens) > 1:
         raise UserError(
             f"budget.tokens_per_trial: is needed, for points of this space read {min(tokens):,} to {max(tokens):,} "
             "tokens and their losses could not be compared"
@@ -190,6 +202,16 @@ def _refuse_unequal_text(sweep: SweepConfig, configs: Sequence[RunConfig]) -> No
             "scheduler.kind: should be none where data.global_batch_size is in the space, for trials that are "
             "compared at one step would have read different amounts of text"
         )
+
+
+def _refuse_few_tokens(sweep: SweepConfig, tokens: int) -> None:
+    """The search could not begin, or would leave the final without configurations."""
+    whole = sweep.confirm.top * sweep.confirm.seeds if sweep.confirm is not None else sweep.seeds
+    if sweep.budget.tokens is not None and sweep.budget.tokens < whole * tokens:
+        who = (
+            f"the {sweep.confirm.top} configurations of the final read" if sweep.confirm else "one configuration reads"
+        )
+        raise UserError(f"budget.tokens: should be at least {whole * tokens:,}, which {who}")
 
 
 def _refuse_missing_measures(sweep: SweepConfig, configs: Sequence[RunConfig]) -> None:
@@ -224,19 +246,25 @@ def _rungs(sweep: SweepConfig, configs: Sequence[RunConfig]) -> list[int]:
             return []
         case PbtSchedulerConfig(interval_steps=interval):
             key, rungs = "interval_steps", list(range(interval, steps, interval))
+            _refuse_within_warm_up(key, interval, warm_up, "replace", "")
         case AshaSchedulerConfig() as asha:
             first = asha.first_rung or max(2 * warm_up, math.ceil(steps / 10), 1)
-            if first <= warm_up:
-                raise UserError(
-                    f"scheduler.first_rung: {first} lies within the longest warm-up ({warm_up} steps), which would end "
-                    f"long warm-ups by construction; set it above {warm_up}, or leave it out"
-                )
+            _refuse_within_warm_up("first_rung", first, warm_up, "end", ", or leave it out")
             # As many as fit: each at `reduction` times the steps of the one before.
             powers = (first * asha.reduction**power for power in range(steps.bit_length()))
             key, rungs = "first_rung", [step for step in powers if step < steps]
     if not rungs:
         raise UserError(f"scheduler.{key}: no rung lies within the {steps} steps of a trial; make it less")
     return rungs
+
+
+def _refuse_within_warm_up(key: str, first: int, warm_up: int, does: str, otherwise: str) -> None:
+    """The first comparison of trials must see the learning rates that they are compared for."""
+    if first <= warm_up:
+        raise UserError(
+            f"scheduler.{key}: {first} lies within the longest warm-up ({warm_up} steps), which would {does} "
+            f"long warm-ups by construction; set it above {warm_up}{otherwise}"
+        )
 
 
 def _refuse_hidden_keys(sweep: SweepConfig) -> None:

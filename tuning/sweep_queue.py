@@ -87,11 +87,10 @@ class SweepQueue:
         config = self._plan.config
         if self._final:
             return len(self._waiting)
-        final = config.confirm.top * (config.confirm.seeds - config.seeds) if config.confirm is not None else 0
         if self.exhausted is not None:
-            return len(self._waiting) + final
+            return len(self._waiting) + self._in_final
         limits = [limit for limit in (config.budget.trials, self._size()) if limit is not None]
-        return max(0, min(limits) - len(self._searched())) + final if limits else None
+        return max(0, min(limits) - len(self._searched())) + self._in_final if limits else None
 
     @property
     def seconds_left(self) -> float | None:
@@ -100,6 +99,12 @@ class SweepQueue:
         if per_trial is None or left is None:
             return None if budget is None else max(0.0, 60 * budget - self.seconds)
         return (left + len(self._running())) * per_trial / self._slots
+
+    @property
+    def _in_final(self) -> int:
+        """Trials of a whole final."""
+        config = self._plan.config
+        return config.confirm.top * (config.confirm.seeds - config.seeds) if config.confirm is not None else 0
 
     def _size(self) -> int | None:
         """Trials of a whole grid."""
@@ -138,17 +143,15 @@ class SweepQueue:
     def _spent(self) -> str | None:
         """What of the budget has no room for another configuration; None if all has."""
         budget, seeds = self._plan.config.budget, self._plan.config.seeds
-        trials = self._searched()
-        if budget.trials is not None and len(trials) + seeds > budget.trials:
+        if budget.trials is not None and len(self._searched()) + seeds > budget.trials:
             return f"the budget of {budget.trials} trials is spent"
         if budget.tokens is not None:
-            done = sum(trial.ended.step if trial.ended else self._plan.steps for trial in trials)
-            if (done + seeds * self._plan.steps) * self._tokens > budget.tokens:
+            every = self._journal.trials.values()
+            done = sum(trial.ended.step if trial.ended else self._plan.steps for trial in every)
+            if (done + (seeds + self._in_final) * self._plan.steps) * self._tokens > budget.tokens:
                 return f"the budget of {budget.tokens:,} tokens has no room for another configuration"
         if budget.minutes is not None:
-            per_trial, confirm = self._per_trial() or 0.0, self._plan.config.confirm
-            final = confirm.top * (confirm.seeds - seeds) if confirm is not None else 0
-            needed = (len(self._running()) + seeds + final) * per_trial / self._slots
+            needed = (len(self._running()) + seeds + self._in_final) * (self._per_trial() or 0.0) / self._slots
             if self.seconds + needed > 60 * budget.minutes:
                 return f"the budget of {budget.minutes:g} minutes has no room for another configuration"
         return None

@@ -40,7 +40,8 @@ def test_a_study_that_goes_on_may_have_another_length() -> None:
         (["balance", "--blocks", "0"], "--blocks 0: should be greater than 0"),
         (["balance", "--blocks", "1.5"], "--blocks 1.5: should be a valid integer"),
         (["balance", "--budget-minutes", "-1"], "--budget-minutes -1: should be greater than 0"),
-        (["balance", "--budget-minutes", "nan"], "--budget-minutes nan: should be"),
+        (["balance", "--budget-minutes", "nan"], "--budget-minutes nan: should be a finite number"),
+        (["balance", "--budget-minutes", "inf"], "--budget-minutes inf: should be a finite number"),
         (["balance", "--seeds", "3"], "unrecognized arguments: --seeds"),
     ],
 )
@@ -105,7 +106,8 @@ def test_what_is_given_in_place_of_the_sweep_s_own_budget() -> None:
         (["--resume", "x", "--nested"], "--nested: a sweep that goes on keeps the kind of its trials; leave it out"),
         (["--trials", "3"], "no sweep given; name one, for example: steadymoe sweep stability"),
         (["a", "--trials", "0"], "--trials 0: should be greater than 0"),
-        (["a", "--budget-minutes", "nan"], "--budget-minutes nan: should be"),
+        (["a", "--budget-minutes", "nan"], "--budget-minutes nan: should be a finite number"),
+        (["a", "--budget-minutes", "inf"], "--budget-minutes inf: should be a finite number"),
         (["a", "--seeds", "3"], "unrecognized arguments: --seeds"),
     ],
 )

@@ -102,18 +102,17 @@ def test_a_trial_is_its_point_over_the_settings_over_the_sweep_over_its_base(tmp
     assert trial_config(plan, values, 8) == load_config(["micro"], [*wanted, *own])
 
 
-@pytest.mark.parametrize(("tokens", "equal"), [(65_536, True), (70_000, False)])
-def test_tokens_per_trial_gives_every_batch_size_the_same_text(tmp_path: Path, tokens: int, equal: bool) -> None:
-    changes = {**NO_STEPS, "space": BATCHES, "budget": {"tokens_per_trial": tokens}}
-    plan = plan_of(tmp_path, changes)
-    read = {}
-    for point in grid_points(plan.config.space):
-        config = trial_config(plan, point, 0)
-        per_step = point["data.global_batch_size"] * 64
-        read[per_step] = config.steps * per_step
-        assert tokens - per_step < read[per_step] <= tokens
-    assert plan.steps == tokens // (4 * 64)
-    assert (set(read.values()) == {tokens}) == equal
+def test_tokens_per_trial_gives_every_batch_size_the_same_text(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {**NO_STEPS, "space": BATCHES, "budget": {"tokens_per_trial": 65_536}})
+    configs = [trial_config(plan, point, 0) for point in grid_points(plan.config.space)]
+    assert sorted(config.steps for config in configs) == [64, 128, 256]
+    assert {config.steps * config.data.global_batch_size * 64 for config in configs} == {65_536}
+    assert plan.steps == 256
+
+
+def test_tokens_per_trial_of_one_batch_size_are_rounded_down_to_whole_steps(tmp_path: Path) -> None:
+    changes = {**NO_STEPS, "settings": ["data.global_batch_size=8"], "budget": {"tokens_per_trial": 70_000}}
+    assert plan_of(tmp_path, changes).steps == 70_000 // (8 * 64) == 136
 
 
 def test_what_the_command_gives_takes_the_place_of_the_file_s_own(tmp_path: Path) -> None:
@@ -217,6 +216,10 @@ OF_THE_REST: list[tuple[dict[str, Any], str]] = [
     ),
     ({"scheduler": {**ASHA, "first_rung": 100}}, "scheduler.first_rung: no rung lies within the 100 steps of a trial"),
     ({**PBT, "scheduler": {"kind": "pbt", "interval_steps": 100}}, "scheduler.interval_steps: no rung lies within"),
+    (
+        {**PBT, "config": {"schedule": {"steps": 100, "warmup_steps": 20}}},
+        "scheduler.interval_steps: 20 lies within the longest warm-up (20 steps), which would replace long warm-ups by",
+    ),
     ({**PBT, "searcher": {"kind": "tpe"}}, "searcher.kind: should be random with scheduler.kind=pbt"),
     ({**PBT, "budget": {"trials": 1}}, "budget: should be trials (the population, at least 2) alone"),
     ({**PBT, "budget": {"trials": 4, "minutes": 5}}, "budget: should be trials (the population, at least 2) alone"),
@@ -243,6 +246,36 @@ OF_THE_REST: list[tuple[dict[str, Any], str]] = [
     (
         {**NO_STEPS, "space": BATCHES, "budget": {"tokens_per_trial": 65_536, "tokens": 10**6}},
         "budget.tokens: cannot be counted where data.global_batch_size is in the space",
+    ),
+    (
+        {**NO_STEPS, "space": BATCHES, "budget": {"tokens_per_trial": 70_000}},
+        "budget.tokens_per_trial: should be a multiple of 1,024, for a step of a trial reads 256, 512, 1,024 tokens",
+    ),
+    # 512 divides 64,000, and 768 does not.
+    (
+        {
+            **NO_STEPS,
+            "space": {"data.global_batch_size": {"kind": "grid", "values": [8, 12]}},
+            "budget": {"tokens_per_trial": 64_000},
+        },
+        "budget.tokens_per_trial: should be a multiple of 1,536, for a step of a trial reads 512, 768 tokens",
+    ),
+    (
+        {**NO_STEPS, "settings": ["data.global_batch_size=8"], "budget": {"tokens_per_trial": 500}},
+        "at lr=0.001: budget.tokens_per_trial: should be at least 512, which one step reads",
+    ),
+    (
+        {**NO_STEPS, "settings": ["data.global_batch_size=8", "schedule.steps=10"], "budget": {"tokens": 5119}},
+        "budget.tokens: should be at least 5,120, which one configuration reads",
+    ),
+    (
+        {
+            **NO_STEPS,
+            "settings": ["data.global_batch_size=8", "schedule.steps=10"],
+            "budget": {"tokens": 30_000},
+            "confirm": {"top": 2, "seeds": 3},
+        },
+        "budget.tokens: should be at least 30,720, which the 2 configurations of the final read",
     ),
     ({"concurrent": 0}, "concurrent: should be greater than 0"),
 ]

@@ -97,6 +97,20 @@ def test_tokens_are_counted_as_they_were_read(tmp_path: Path, path: Path) -> Non
     assert scene.queue.exhausted == "the budget of 300,000 tokens has no room for another configuration"
 
 
+def test_tokens_that_the_final_reads_are_kept_for_it(tmp_path: Path, path: Path) -> None:
+    # Of room for seven trials the final has two.
+    changes = {**NINE, "budget": {"tokens": 700_000}, "confirm": {"top": 2, "seeds": 2}}
+    plan = plan_of(tmp_path, changes)
+    scene = Scene(plan, path)
+    assert scene.run() == ["0-0", "1-0", "2-0", "3-0", "4-0", "0-1", "1-1"]
+    assert scene.queue.exhausted == "the budget of 700,000 tokens has no room for another configuration"
+    # What the final has read counts when a sweep goes on with more: 7 + 1 + 2 are ten.
+    grown = Scene(plan_of(tmp_path, {**changes, "budget": {"tokens": 999_999}}), path)
+    assert grown.run() == []
+    grown = Scene(plan_of(tmp_path, {**changes, "budget": {"tokens": 1_000_000}}), path)
+    assert grown.run() == ["5-0"]
+
+
 @pytest.mark.parametrize(
     ("slots", "before", "confirm", "count"),
     [

@@ -6,6 +6,7 @@ from pipelines.description import count
 from pipelines.run_folder import read_json
 from pipelines.spike_words import counted
 from tuning.comparison.comparing import Comparison
+from tuning.comparison.early import EARLY_ONLY, early_point
 from tuning.comparison.runs import ComparedRun
 
 _LISTED = 8
@@ -36,9 +37,17 @@ def caveats(comparison: Comparison) -> list[str]:
 def matching(comparison: Comparison) -> str:
     """At what the values are compared."""
     every = "every finished run" if comparison.finished else "no run has finished, and the longest"
-    return (
+    at_the_end = (
         f"Losses, MaxVio, spikes and steps lost are those after {comparison.tokens:,} training tokens "
         f"({count(comparison.tokens)}), the most that {every} has validated after."
+    )
+    early = early_point(comparison)
+    if early is None:
+        return at_the_end
+    return (
+        f"{at_the_end} Most runs never came there; “{EARLY_ONLY}” is of the last point that nearly all have validated "
+        f"at ({early.words}). Findings leave out what lasts a number of steps there, as a warm-up does: a long one has "
+        "a higher loss early by construction."
     )
 
 
@@ -82,7 +91,10 @@ def _not_at_the_end(comparison: Comparison) -> str | None:
         return None
     words = ", ".join(f"{run.info.name} ({run.words})" for run in cut[:_LISTED]) + _more(len(cut))
     has = "was not trained to its end and is" if len(cut) == 1 else "were not trained to their end and are"
-    return f"{counted(len(cut), 'run')} {has} in no mean: {words}."
+    kept = (
+        " Where that was for their losses, differences at the end are among survivors." if comparison.finished else ""
+    )
+    return f"{counted(len(cut), 'run')} {has} in no mean of the end: {words}.{kept}"
 
 
 def _seeds(comparison: Comparison) -> str | None:

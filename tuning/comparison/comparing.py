@@ -1,7 +1,7 @@
 """The comparison of runs: which configurations there are, what each came to, and which differences are beyond noise."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -194,19 +194,19 @@ def _grouped(runs: Sequence[ComparedRun], keys: Sequence[str], tokens: int) -> l
     found = []
     for group in groups.values():
         values = {key: group[0].settings[key] for key in keys if key in group[0].settings}
-        losses = _by_seed(group, "val/loss", tokens)
-        max_vios = _by_seed(group, "moe/max_vio_global", tokens)
+        finished = [run for run in group if run.state == "finished"]
+        losses = by_seed(finished, lambda run: run.at("val/loss", tokens))
+        max_vios = by_seed(finished, lambda run: run.at("moe/max_vio_global", tokens))
         ordered = tuple(sorted(group, key=lambda run: (run.seed, run.info.created)))
         found.append(Configuration(0, values, "", ordered, losses, max_vios))
     return found
 
 
-def _by_seed(runs: Sequence[ComparedRun], metric: str, tokens: int) -> dict[int, float]:
-    """Means over runs of the same seed, rising by seed."""
+def by_seed(runs: Sequence[ComparedRun], measure: Callable[[ComparedRun], float | None]) -> dict[int, float]:
+    """Means over runs of the same seed, rising by seed; a run without the measure is left out."""
     found: dict[int, list[float]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
-        value = run.at(metric, tokens) if run.state == "finished" else None
-        if value is not None:
+        if (value := measure(run)) is not None:
             found.setdefault(run.seed, []).append(value)
     return {seed: fmean(values) for seed, values in found.items()}
 

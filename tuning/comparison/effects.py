@@ -2,7 +2,8 @@
 
 Where there are runs that differ in this key alone, those are compared, block by block: their other keys and their seed
 are the same. Otherwise (a random search has none) all runs of one side are compared with all of the other. The
-intervals are as much wider than 95 % as there are splits looked at, so that the best of many is no luck (Bonferroni).
+intervals are as much wider than 95 % as there are splits looked at for a measure, so that the best of many is no luck
+(Bonferroni).
 """
 
 from collections.abc import Callable, Sequence
@@ -133,11 +134,20 @@ def same_runs(comparison: Comparison, side: Side, runs: Sequence[ComparedRun]) -
     return list(found.values())
 
 
-def effects(comparison: Comparison, measure: Measure) -> dict[str, list[Effect]]:
-    """The effect of every split on a measure, by key; a key without runs on both sides has none."""
+def effects(
+    comparison: Comparison, measure: Measure, keys: Sequence[str] | None = None, looks: int | None = None
+) -> dict[str, list[Effect]]:
+    """The effect of every split on a measure, by key; a key without runs on both sides has none.
+
+    Args:
+        comparison: of the runs.
+        measure: of a run; None leaves it out.
+        keys: that are looked at; None is all.
+        looks: splits that are looked at in all, where there are more than those of ``keys``.
+    """
     runs = [(run, value) for run in comparison.runs if (value := measure(run)) is not None]
-    every = [split for key in comparison.keys for split in splits(comparison, key)]
-    confidence = 1 - (1 - CONFIDENCE) / max(1, len(every))
+    every = [split for key in (comparison.keys if keys is None else keys) for split in splits(comparison, key)]
+    confidence = 1 - (1 - CONFIDENCE) / max(1, len(every) if looks is None else looks)
     found: dict[str, list[Effect]] = {}
     for split in every:
         effect = _effect(comparison, split, runs, confidence)

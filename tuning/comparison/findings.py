@@ -9,7 +9,8 @@ from pipelines.description import count
 from pipelines.spike_words import counted
 from tuning.comparison.comparing import Comparison, Verdict
 from tuning.comparison.divergences import pattern_of_divergences
-from tuning.comparison.effects import Effect, Measure, Side, effects, same_runs
+from tuning.comparison.early import EARLY_ONLY, Early, early_keys, early_point
+from tuning.comparison.effects import Effect, Measure, Side, effects, same_runs, splits
 from tuning.comparison.keys import shown
 from tuning.comparison.runs import ComparedRun
 from tuning.statistics import Interval
@@ -37,25 +38,35 @@ class _Told:
     least: float
     """A difference that matters, in its unit."""
     digits: int
+    early: Early | None = None
+    """Where it is measured, if that is not the end."""
 
 
 def findings(comparison: Comparison) -> list[str]:
     """At most three sentences: what diverges, what the keys do beyond the noise, and what makes no difference.
 
-    In this order: divergences, MaxVio, validation loss, spikes, and a key that does nothing. If there is
-    nothing to say, one sentence says that.
+    In this order: divergences, MaxVio, validation loss, spikes, and a key that does nothing. Where most runs never came
+    to the end, the last is left out, for that of the survivors says little; instead the same measures follow at the
+    point that nearly all have come to, of keys that have no effect at the end, in sentences that begin with that. If
+    there is nothing to say, one sentence says that.
     """
     found = [sentence] if (sentence := _of_divergences(comparison)) else []
-    told: set[str] = set()
-    by_measure = {each.name: effects(comparison, each.measure) for each in _measures(comparison)}
-    for each in _measures(comparison):
-        best = _strongest(by_measure[each.name], each.least)
-        if best is not None:
-            told.add(best.split.key)
-            found.append(_sentence(comparison, each, best))
-    if len(found) < MOST_FINDINGS and (sentence := _without_effect(comparison, by_measure, told)):
-        found.append(sentence)
-    return found[:MOST_FINDINGS] or [_nothing(comparison)]
+    early = early_point(comparison)
+    on_the_way = early_keys(comparison.keys) if early is not None else []
+    # Both places are looked at before anything is told.
+    looks = sum(len(splits(comparison, key)) for key in (*comparison.keys, *on_the_way))
+    measures = _measures(comparison)
+    by_measure = {each.name: effects(comparison, each.measure, looks=looks) for each in measures}
+    strongest = [(each, _strongest(by_measure[each.name], each.least)) for each in measures]
+    told = {best.split.key for _, best in strongest if best is not None}
+    if early is not None:
+        keys = [key for key in on_the_way if key not in told]
+        for each in _early_measures(early):
+            strongest.append((each, _strongest(effects(comparison, each.measure, keys, looks), each.least)))
+    found += [_sentence(comparison, each, best) for each, best in strongest if best is not None]
+    if early is None and len(found) < MOST_FINDINGS and (idle := _without_effect(comparison, by_measure, told)):
+        found.append(idle)
+    return found[:MOST_FINDINGS] or [_nothing(comparison, early)]
 
 
 def headline(comparison: Comparison) -> str:
@@ -85,16 +96,25 @@ def _of_others(comparison: Comparison) -> str:
 
 
 def _measures(comparison: Comparison) -> Sequence[_Told]:
-    losses = [loss for run in comparison.finished if (loss := comparison.loss(run)) is not None]
-
     def spikes(run: ComparedRun) -> float | None:
         return float(run.spikes_by(comparison.tokens)) if run.state == "finished" else None
 
+    return _told(comparison.finished, comparison.max_vio, comparison.loss, spikes, None)
+
+
+def _early_measures(early: Early) -> Sequence[_Told]:
+    return _told(early.runs, early.max_vio, early.loss, early.spikes, early)
+
+
+def _told(
+    runs: Sequence[ComparedRun], max_vio: Measure, loss: Measure, spikes: Measure, early: Early | None
+) -> Sequence[_Told]:
+    losses = [value for run in runs if (value := loss(run)) is not None]
     return (
-        _Told("MaxVio", comparison.max_vio, 0.05, 2),
+        _Told("MaxVio", max_vio, 0.05, 2, early),
         # A tenth of a percent; less is of no use to anybody.
-        _Told("validation loss", comparison.loss, 1e-3 * fmean(losses) if losses else 0.0, 4),
-        _Told("number of spikes", spikes, 0.5, 1),
+        _Told("validation loss", loss, 1e-3 * fmean(losses) if losses else 0.0, 4, early),
+        _Told("number of spikes", spikes, 0.5, 1, early),
     )
 
 
@@ -130,11 +150,13 @@ def _sentence(comparison: Comparison, told: _Told, effect: Effect) -> str:
     worse, better = (effect.split.right, effect.split.left), (effect.right, effect.left)
     sides, means = (worse, better) if effect.difference.mean > 0 else (worse[::-1], better[::-1])
     high, low = (f"{mean:.{told.digits}f}" for mean in means)
-    after = f"after {count(comparison.tokens)} tokens"
     verb = "leaves MaxVio at" if told.name == "MaxVio" else f"has a {told.name} of"
     side = f"{sides[0].words}{_also(same_runs(comparison, sides[0], effect.runs) if not effect.blocks else [])}"
     figures = f"difference {_plus_minus(effect.difference, told.digits)}, {_basis(effect)}"
-    return f"{side} {verb} {high} {after}, against {low} {sides[1].against} ({figures})."
+    against = f"against {low} {sides[1].against} ({figures})"
+    if told.early is None:
+        return f"{side} {verb} {high} after {count(comparison.tokens)} tokens, {against}."
+    return f"{EARLY_ONLY} ({told.early.words}): {side} {verb} {high}, {against}; that need not hold at the end."
 
 
 def _also(sides: Sequence[Side]) -> str:
@@ -191,9 +213,10 @@ def _plus_minus(difference: Interval, digits: int) -> str:
     return f"{abs(difference.mean):.{digits}f} ± {half:.{digits}f}"
 
 
-def _nothing(comparison: Comparison) -> str:
+def _nothing(comparison: Comparison, early: Early | None) -> str:
     runs, configurations = (
         counted(len(comparison.runs), "run"),
         counted(len(comparison.configurations), "configuration"),
     )
-    return f"No effect of a key can be told from noise with these {runs} of {configurations}."
+    on_the_way = f", neither at the end nor {early.after}" if early is not None else ""
+    return f"No effect of a key can be told from noise with these {runs} of {configurations}{on_the_way}."

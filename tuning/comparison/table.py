@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from pipelines.progress import clock
-from tuning.comparison.comparing import Comparison, Configuration
+from tuning.comparison.comparing import Comparison, Configuration, by_seed
+from tuning.comparison.early import Early, early_point
 from tuning.comparison.keys import shown
 from tuning.comparison.runs import ComparedRun
 from tuning.report import plus_minus
-from tuning.statistics import Interval
+from tuning.statistics import Interval, interval
 
 NOTHING = "–"
 """In place of what there is not."""
@@ -41,22 +42,28 @@ _LAST = 1e300
 
 
 def configurations_sheet(comparison: Comparison) -> Sheet:
-    """A row for each configuration, the best first."""
+    """A row for each configuration, the best first; early losses, too, where most runs have no other."""
+    early = early_point(comparison)
     figures = (
         "seeds",
         "validation loss",
         "difference to the reference",
         "MaxVio",
+        *_early_heading(early),
         "spikes",
         "steps lost",
         "diverged",
         "time",
     )
     headings = ("", *comparison.keys, *figures)
-    return Sheet(headings, tuple(_row(comparison, each) for each in comparison.configurations))
+    return Sheet(headings, tuple(_row(comparison, early, each) for each in comparison.configurations))
 
 
-def _row(comparison: Comparison, each: Configuration) -> tuple[Cell, ...]:
+def _early_heading(early: Early | None) -> Sequence[str]:
+    return () if early is None else (f"validation loss {early.after}",)
+
+
+def _row(comparison: Comparison, early: Early | None, each: Configuration) -> tuple[Cell, ...]:
     tokens, runs = comparison.tokens, each.runs
     values = [_value(each, key) for key in comparison.keys]
     difference = comparison.difference(each)
@@ -69,11 +76,19 @@ def _row(comparison: Comparison, each: Configuration) -> tuple[Cell, ...]:
         _interval(each.loss),
         Cell(difference.words, difference.paired.mean if difference.paired else _LAST),
         _interval(each.max_vio),
+        *_early_loss(early, each.runs),
         _mean([run.spikes_by(tokens) for run in runs]),
         _mean([run.steps_lost_by(tokens) for run in runs]),
         Cell(lost, each.diverged / len(runs)),
         Cell(clock(seconds), seconds) if seconds is not None else Cell(NOTHING, _LAST),
     )
+
+
+def _early_loss(early: Early | None, runs: Sequence[ComparedRun]) -> Sequence[Cell]:
+    if early is None:
+        return ()
+    losses = by_seed(runs, early.loss)
+    return (_interval(interval(list(losses.values())) if losses else None),)
 
 
 def _value(each: Configuration, key: str) -> Cell:
@@ -102,12 +117,14 @@ def _mean(values: Sequence[int]) -> Cell:
 
 def runs_sheet(comparison: Comparison) -> Sheet:
     """A row for each run, by configuration."""
-    headings = ("configuration", "run", "seed", "validation loss", "MaxVio", "spikes", "steps lost", "tokens", "state")
+    early = early_point(comparison)
+    figures = ("validation loss", "MaxVio", *_early_heading(early), "spikes", "steps lost", "tokens", "state")
     runs = [run for each in comparison.configurations for run in each.runs]
-    return Sheet(headings, tuple(_run_row(comparison, run) for run in runs))
+    rows = tuple(_run_row(comparison, early, run) for run in runs)
+    return Sheet(("configuration", "run", "seed", *figures), rows)
 
 
-def _run_row(comparison: Comparison, run: ComparedRun) -> tuple[Cell, ...]:
+def _run_row(comparison: Comparison, early: Early | None, run: ComparedRun) -> tuple[Cell, ...]:
     number, tokens = comparison.number_of[run.info.id], comparison.tokens
     spikes, lost = run.spikes_by(tokens), run.steps_lost_by(tokens)
     return (
@@ -116,6 +133,7 @@ def _run_row(comparison: Comparison, run: ComparedRun) -> tuple[Cell, ...]:
         Cell(str(run.seed), float(run.seed)),
         _figure(comparison.loss(run), 4),
         _figure(comparison.max_vio(run), 3),
+        *_early_loss(early, [run]),
         Cell(str(spikes), float(spikes)),
         Cell(str(lost), float(lost)),
         Cell(f"{run.tokens:,}", float(run.tokens)),

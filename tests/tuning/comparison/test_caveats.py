@@ -40,7 +40,7 @@ def test_where_all_is_alike_there_is_nothing_to_say() -> None:
         ),
         (
             Made("c", lr("1e-2"), done=7),
-            "1 run was not trained to its end and is in no mean: c (ended at step 7 of 20).",
+            "1 run was not trained to its end and is in no mean of the end: c (ended at step 7 of 20).",
         ),
         (
             Made("c", lr("1e-2"), seed=1),

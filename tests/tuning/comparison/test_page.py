@@ -88,7 +88,7 @@ def test_what_the_page_says() -> None:
         "diverged: train/loss not finite at step 8",
         "What is not comparable",
         "Seeds are unequal: seeds 0, 1 in #1, #2; seed 0 in #3, #4.",
-        "1 run was not trained to its end and is in no mean: cut (ended at step 8 of 20).",
+        "1 run was not trained to its end and is in no mean of the end: cut (ended at step 8 of 20).",
         "Too few to tell: 3 configurations have an outcome",
     ):
         assert wanted in words
