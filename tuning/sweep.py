@@ -221,7 +221,7 @@ def _in_words(plan: SweepPlan, config: RunConfig, slots: int) -> str:
     rungs = f", compared at steps {', '.join(map(str, plan.rungs))}" if plan.rungs else ""
     return (
         f"{count} of {', '.join(sweep.space)}; {sweep.seeds} seed(s) each, {plan.steps:,} steps and "
-        f"{config.tokens / 1e6:.1f} M tokens a trial{rungs}; {slots} at a time with {config.parallel.workers} worker(s)"
+        f"{config.tokens:,} tokens a trial{rungs}; {slots} at a time with {config.parallel.workers} worker(s)"
         + (f"; at most {limit}" if limit else "")
     )
 
