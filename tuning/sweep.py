@@ -175,7 +175,9 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
             clock.note()
 
         run_to_end(work, interrupts, ask, close)
-    say_what_is_untold(trials.untold, console)
+    # The report is made of what runs have in their folders, and without MLflow a trial is no run.
+    remedy = f"; when it answers, steadymoe sweep --resume {sweep_run.info.name} tells it and completes the report"
+    say_what_is_untold(trials.untold, console, remedy)
     if trials.failure is not None:
         raise trials.failure
     if queue.exhausted is not None:

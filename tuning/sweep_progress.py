@@ -69,9 +69,10 @@ class SweepProgress:
         # All that have begun: those that wait for a slot, or for their first step, as well.
         count = f"{done}/{len(trials) + left}" if left is not None else f"{done}"
         loss = f"{ended.measures[LOSS]:.4f}" if LOSS in ended.measures else "-"
+        width = max(len(self._plan.label(trial.values)) for trial in trials.values())
         what = {"finished": "", "pruned": f"pruned at {ended.step}", "diverged": "DIVERGED", "failed": "FAILED"}
         self.say(
-            f"[{count}] {label:<40} val {loss}  {what[ended.outcome]:<14} {ended.seconds:.0f} s  {self._best_words()}"
+            f"[{count}] {label:<{width}}  val {loss}  {what[ended.outcome]:<14} {ended.seconds:.0f} s  {self._best_words()}"
         )
 
     def _best_words(self) -> str:
@@ -92,20 +93,22 @@ class SweepProgress:
     def _speak(self) -> None:
         while not self._closed.wait(max(0.0, self._spoke + self._line_latest_s - time.monotonic())):
             if time.monotonic() - self._spoke >= self._line_latest_s:
-                running = [f"{name} at step {step:,}" for name, step, _ in self._running()]
-                standing = f"{', '.join(running)} of {self._plan.steps:,}" if running else "trials start"
-                self.say(f"{self._budget_words()}: {standing}")
+                running = [f"{name} {standing}" for name, standing, _ in self._running()]
+                self.say(f"{self._budget_words()}: {', '.join(running) or 'no trial runs yet'}")
 
-    def _running(self) -> list[tuple[str, int, str]]:
-        """Names, steps and values of the trials that run."""
-        trials = self._journal.trials
-        steps = sorted(dict(self._steps).items())
-        return [(name, step, self._plan.label(trials[name].values)) for name, step in steps if name in trials]
+    def _running(self) -> list[tuple[str, str, str]]:
+        """Name, standing and values of each trial that has begun and is not over."""
+        steps, total = dict(self._steps), self._plan.steps
+        return [
+            (name, f"step {steps[name]:,} of {total:,}" if name in steps else "starts", self._plan.label(trial.values))
+            for name, trial in sorted(self._journal.trials.items())
+            if trial.ended is None
+        ]
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for name, step, label in self._running():
-            table.add_row("runs", name, f"step {step:,} of {self._plan.steps:,}", label)
+        for name, standing, label in self._running():
+            table.add_row("runs", name, standing, label)
         for place, one in enumerate(self._best(), start=1):
             table.add_row(
                 f"{place}.", f"val {self._loss(one)}", f"{len(one.trials)} seed(s)", self._plan.label(one.values)
@@ -118,6 +121,9 @@ class SweepProgress:
         if left is not None:
             parts.append(f"{left} trials to begin")
         if seconds is not None:
+            if left is not None and (trials := left + len(self._running())):
+                # The queue does not know how far those are that run.
+                seconds *= 1 - sum(dict(self._steps).values()) / self._plan.steps / trials
             parts.append(f"about {clock(seconds)} left")
         return ", ".join(parts)
 
