@@ -26,20 +26,24 @@ def train(arguments: TrainArguments) -> int:
 
 
 def deliver(arguments: DeliverArguments) -> int:
-    """Deliver to MLflow what it lacks of a run or a study; returns the exit code.
+    """Deliver to MLflow what it lacks of a run, or of a study, a sweep or a replay and its trials; returns the exit code.
 
     Raises:
         UserError: there is no such run, or the tracking store does not take everything.
     """
     from pipelines.delivery import deliver as deliver_run
     from pipelines.home import runs_dir
+    from pipelines.orphans import is_delivered
     from pipelines.run_folder import find_folder, parent_folders, run_folders
 
-    folders = [*run_folders(), *parent_folders()]
-    folder = find_folder(arguments.run, folders, "run", "runs", runs_dir())
-    if left := deliver_run(folder):
-        raise UserError(left)
-    print(f"MLflow has everything that run {folder.info.name} recorded.")
+    runs = list(run_folders())
+    folder = find_folder(arguments.run, [*runs, *parent_folders()], "run", "runs", runs_dir())
+    trials = [run for run in runs if run.info.parent == folder.info.id and not is_delivered(run)]
+    for each in (folder, *trials):
+        if left := deliver_run(each):
+            raise UserError(left)
+    also = f" and {len(trials)} of its trials" if trials else ""
+    print(f"MLflow has everything that run {folder.info.name}{also} recorded.")
     return EXIT_DONE
 
 

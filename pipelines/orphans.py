@@ -42,6 +42,10 @@ def end_orphans_in_background(store: TrackingStore) -> None:
     threading.Thread(target=end_orphans, args=(store,), name="orphans", daemon=True).start()
 
 
+def is_delivered(folder: RunFolder) -> bool:
+    """Whether a run has ended and MLflow knows it."""
+    return folder.ending.exists() and bool(read_json(folder.delivered).get("ended", False))
+
+
 def _is_unfinished(folder: RunFolder, store: TrackingStore) -> bool:
-    delivered = folder.ending.exists() and read_json(folder.delivered).get("ended", False)
-    return not delivered and folder.info.tracking_uri == shown(store.uri)
+    return not is_delivered(folder) and folder.info.tracking_uri == shown(store.uri)

@@ -55,7 +55,7 @@ def print_runs(limit: int, trials: bool = False, console: Console | None = None)
         reverse=True,
     )
     if not chosen:
-        hint = f"; {len(found):,} are trials of studies, which --all shows" if found else ""
+        hint = f"; {len(found):,} are trials of studies, sweeps and replays, which --all shows" if found else ""
         print_line(console, f"There are no runs in {runs_dir()} yet{hint}.")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

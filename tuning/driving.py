@@ -34,7 +34,7 @@ def run_to_end(
         close()
 
 
-def say_what_is_untold(untold: Sequence[str], console: Console) -> None:
-    """Name the trials that MLflow could not be told of."""
+def say_what_is_untold(untold: Sequence[str], console: Console, remedy: str = "") -> None:
+    """Name the trials that MLflow could not be told of, and what tells it."""
     if untold:
-        print_line(console, f"MLflow could not be told of {len(untold)} trials: {', '.join(untold)}")
+        print_line(console, f"MLflow could not be told of {len(untold)} trials: {', '.join(untold)}{remedy}")

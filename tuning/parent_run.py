@@ -13,6 +13,7 @@ from pipelines.delivery import Delivery, Drainer
 from pipelines.description import Status
 from pipelines.ending import DESCRIPTION_TAG
 from pipelines.errors import UserError
+from pipelines.job import job_tags
 from pipelines.run_folder import (
     RunFolder,
     RunInfo,
@@ -72,7 +73,7 @@ def make_parent(
 
     with store_errors(store.uri):
         client, experiment_id = store.client, store.experiment_id(experiment)
-        run = client.create_run(experiment_id, run_name=name, tags={"mlflow.source.type": "LOCAL", **tags})
+        run = client.create_run(experiment_id, run_name=name, tags={"mlflow.source.type": "LOCAL", **job_tags(), **tags})
         folder = RunFolder(place / run.info.run_id)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         try:
@@ -101,6 +102,8 @@ def reopen_parent(store: TrackingStore, folder: RunFolder, config: str) -> RunLo
         # In this order: a driver that vanishes in between leaves an ending that is sent again.
         write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
         store.client.update_run(folder.info.id, status="RUNNING")
+        for tag, value in job_tags().items():
+            store.client.set_tag(folder.info.id, tag, value)
         write_whole(folder.config, config)
         folder.ending.unlink(missing_ok=True)
     return lock

@@ -179,7 +179,9 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
             clock.note()
 
         run_to_end(work, interrupts, ask, close)
-    say_what_is_untold(trials.untold, console)
+    # The report is made of what runs have in their folders, and without MLflow a trial is no run.
+    remedy = f"; when it answers, steadymoe sweep --resume {sweep_run.info.name} tells it and completes the report"
+    say_what_is_untold(trials.untold, console, remedy)
     if trials.failure is not None:
         raise trials.failure
     if queue.exhausted is not None:
@@ -225,7 +227,7 @@ def _in_words(plan: SweepPlan, config: RunConfig, slots: int) -> str:
     rungs = f", compared at steps {', '.join(map(str, plan.rungs))}" if plan.rungs else ""
     return (
         f"{count} of {', '.join(sweep.space)}; {sweep.seeds} seed(s) each, {plan.steps:,} steps and "
-        f"{config.tokens / 1e6:.1f} M tokens a trial{rungs}; {slots} at a time with {config.parallel.workers} worker(s)"
+        f"{config.tokens:,} tokens a trial{rungs}; {slots} at a time with {config.parallel.workers} worker(s)"
         + (f"; at most {limit}" if limit else "")
     )
 

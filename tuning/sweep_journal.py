@@ -115,7 +115,8 @@ class SweepJournal:
     def _take(self, line: Line) -> None:
         match line:
             case Begun(name=name):
-                self.trials[name] = TrialState(line)
+                # Another mapping: whoever shows the sweep goes through the old one meanwhile, in a thread of its own.
+                self.trials = {**self.trials, name: TrialState(line)}
             case Rung(name=name):
                 known = self.trials[name]
                 # Once a rung: a trial that is begun again from an earlier checkpoint passes it a second time.

@@ -6,13 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipelines.config import RunConfig
+from pipelines.delivery import deliver
 from pipelines.description import Status
 from pipelines.errors import UserError
 from pipelines.home import runs_dir
 from pipelines.run_folder import RunFolder
 from pipelines.shards import Shards
 from pipelines.text import dataset_info
-from pipelines.tracking import Tracker, TrialPlace
+from pipelines.tracking import FINISH_TIMEOUT_S, Tracker, TrialPlace
 from pipelines.tracking_store import TrackingStore
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,17 @@ class TrackedTrial:
     """There is none before MLflow was told, or while it could not be told."""
 
 
+@dataclass(frozen=True)
+class _End:
+    """How a trial has ended."""
+
+    trial: TrackedTrial
+    status: Status
+    reason: str | None
+    figures: Mapping[str, float] | None
+    tags: Mapping[str, str] | None
+
+
 class TrialRuns:
     """The runs of the trials of one parent."""
 
@@ -38,8 +50,12 @@ class TrialRuns:
         self._store, self._shards, self._parent = store, shards, parent
         self._mlflow = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._told: list[Future[None]] = []
-        self.untold: list[str] = []
-        """Trials that MLflow could not be told of."""
+        self._untold: list[_End] = []
+
+    @property
+    def untold(self) -> list[str]:
+        """Trials that MLflow could not be told of; before `close` it may still be told."""
+        return [end.trial.name for end in self._untold]
 
     def started(self, trial: TrackedTrial) -> None:
         """It has begun."""
@@ -54,13 +70,14 @@ class TrialRuns:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """It has ended. With ``figures`` of its end MLflow is told even if it could not be told of the beginning."""
-        self._tell(self._end, trial, status, reason, figures, tags)
+        self._tell(self._end, _End(trial, status, reason, figures, tags))
 
     def close(self) -> None:
-        """Wait until MLflow knows everything."""
+        """Wait until MLflow knows everything, what it missed while it was away included."""
         self._mlflow.shutdown(wait=True)
         for told in self._told:
             told.result()
+        self._make_up()
 
     def _tell(self, action: Callable[..., None], *arguments: object) -> None:
         self._told.append(self._mlflow.submit(action, *arguments))
@@ -80,25 +97,40 @@ class TrialRuns:
         except UserError as error:
             _log.info("MLflow was not told of trial %s yet: %s", trial.name, error)
 
-    def _end(
-        self,
-        trial: TrackedTrial,
-        status: Status,
-        reason: str | None,
-        figures: Mapping[str, float] | None,
-        tags: Mapping[str, str] | None,
-    ) -> None:
-        if trial.tracker is None and figures is not None:
+    def _end(self, end: _End) -> None:
+        if not self._told_end(end):
+            self._untold.append(end)
+
+    def _told_end(self, end: _End) -> bool:
+        """Whether MLflow has all of a trial that is over."""
+        trial = end.trial
+        if trial.tracker is None and end.figures is not None:
             self._open(trial)
         if trial.tracker is None:
-            self.untold.append(trial.name)
-            return
-        trial.tracker.figures = dict(figures or {})
-        trial.tracker.tags = dict(tags or {})
-        trial.tracker.end_as(status, reason)
+            return False
+        trial.tracker.figures = dict(end.figures or {})
+        trial.tracker.tags = dict(end.tags or {})
+        trial.tracker.end_as(end.status, end.reason)
         trial.tracker.__exit__(None, None, None)
-        if trial.tracker.undelivered:
-            self.untold.append(trial.name)
+        return trial.tracker.undelivered is None
+
+    def _make_up(self) -> None:
+        """What MLflow could not be told, again; up to the first that it cannot be told now."""
+        while self._untold:
+            end = self._untold[0]
+            try:
+                # A tracker has ended its run, but for what its folder keeps.
+                told = self._told_end(end) if end.trial.tracker is None else _is_delivered(end.trial.folder)
+            except UserError as error:
+                _log.info("MLflow was not told of trial %s: %s", end.trial.name, error)
+                return
+            if not told:
+                return
+            self._untold.pop(0)
+
+
+def _is_delivered(folder: RunFolder) -> bool:
+    return deliver(folder, FINISH_TIMEOUT_S) is None
 
 
 def free_folder(name: str) -> RunFolder:

@@ -157,7 +157,7 @@ def test_runs_are_listed_with_their_figures_the_newest_first() -> None:
 def test_without_runs_the_list_says_where_it_looked() -> None:
     assert printed(200, "runs") == f"There are no runs in {runs_dir()} yet.\n"
     run("trial", parent="a-study")
-    assert printed(200, "runs").endswith(" yet; 1 are trials of studies, which --all shows.\n")
+    assert printed(200, "runs").endswith(" yet; 1 are trials of studies, sweeps and replays, which --all shows.\n")
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3000])

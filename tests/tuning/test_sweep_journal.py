@@ -78,3 +78,15 @@ def test_a_rung_that_is_passed_a_second_time_counts_once(tmp_path: Path) -> None
             (names[0], 20, 2.0),
         ]
         assert [rung.loss for rung in known.trials[names[0]].rungs] == [3.0, 2.0]
+
+
+def test_trials_can_be_gone_through_while_others_begin(tmp_path: Path) -> None:
+    journal = SweepJournal(tmp_path / "trials.jsonl")
+    begin(journal, 0)
+    begin(journal, 1)
+    seen = []
+    for name in journal.trials:
+        seen.append(name)
+        begin(journal, len(journal.trials))
+    assert seen == ["trial-00-s0", "trial-01-s0"]
+    assert len(journal.trials) == 4

@@ -1,11 +1,13 @@
 """What a user sees while a sweep runs."""
 
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from tests.pipelines.mlflow_server import wait_until
 from tests.tuning.sweep_file import begin, end, plan_of
 from tuning.sweep_journal import SweepJournal
 from tuning.sweep_progress import SweepProgress
@@ -23,7 +25,7 @@ def test_every_trial_that_ends_has_a_line_with_how_many_there_are_and_the_best_s
         def ended(number: int, *arguments: Any, **more: Any) -> None:
             name = names[number]
             end(journal, name, *arguments, **more)
-            steps.pop(name)
+            steps.pop(name, None)
             known = journal.trials[name]
             assert known.ended is not None
             progress.trial_ended(plan.label(known.values), known.ended)
@@ -31,11 +33,10 @@ def test_every_trial_that_ends_has_a_line_with_how_many_there_are_and_the_best_s
         names = [begin(journal, number) for number in (0, 1)]
         steps.update(dict.fromkeys(names, 5))
         ended(1, 5.5, "diverged", step=9)
+        # One that waits for its slot is there as well.
         names.append(begin(journal, 2))
-        steps[names[2]] = 0
         ended(0, 3.25, seconds=12.4)
         names.append(begin(journal, 3))
-        steps[names[3]] = 0
         ended(2, 4.0, "pruned", step=32)
         ended(3, None, "failed", step=0)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
@@ -47,21 +48,52 @@ def test_every_trial_that_ends_has_a_line_with_how_many_there_are_and_the_best_s
     ]
 
 
+def test_a_finalist_whose_further_seed_runs_stays_the_best(tmp_path: Path) -> None:
+    plan, journal = plan_of(tmp_path, FOUR), SweepJournal(tmp_path / "trials.jsonl")
+    queue, out = SweepQueue(plan, journal, 2, 1000, 0.0), io.StringIO()
+    for number, loss in enumerate((2.0, 3.0, 4.0, 5.0)):
+        end(journal, begin(journal, number), loss)
+    begin(journal, 0, seed=1, phase="final")
+    name = begin(journal, 1, seed=1, phase="final")
+    end(journal, name, 3.5)
+    with SweepProgress(plan, journal, queue, {}, Console(file=out, width=200)) as progress:
+        known = journal.trials[name]
+        assert known.ended is not None
+        progress.trial_ended(plan.label(known.values), known.ended)
+    assert out.getvalue().rstrip().endswith("best 2.0000 at lr=0.001")
+
+
+def test_a_log_says_now_and_then_that_trials_run(tmp_path: Path) -> None:
+    plan, journal = plan_of(tmp_path, FOUR), SweepJournal(tmp_path / "trials.jsonl")
+    queue, out = SweepQueue(plan, journal, 2, 1000, 60.0, lambda: 0.0), io.StringIO()
+    steps: dict[str, int] = {}
+    with SweepProgress(plan, journal, queue, steps, Console(file=out, width=200), line_latest_s=0.05):
+        wait_until(lambda: bool(out.getvalue()), 10)
+        steps[begin(journal, 0)] = 12
+        begin(journal, 1)
+        wait_until(lambda: "trial-01" in out.getvalue(), 10)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "1:00 so far, 4 trials to begin: no trial runs yet"
+    assert lines[-1] == "1:00 so far, 2 trials to begin: trial-00-s0 step 12 of 100, trial-01-s0 starts"
+    # Nobody speaks after the end.
+    assert "sweep-progress" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_terminal_shows_what_runs_the_best_three_and_what_is_left(tmp_path: Path) -> None:
     plan, journal = plan_of(tmp_path, FOUR), SweepJournal(tmp_path / "trials.jsonl")
     now = 0.0
     queue = SweepQueue(plan, journal, 1, 1000, 60.0, lambda: now)
     for number, loss in enumerate((3.0, 2.0)):
         end(journal, begin(journal, number), loss, seconds=90.0)
-    steps = {begin(journal, 2): 1234}
+    steps = {begin(journal, 2): 40}
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=True, color_system=None)
     with SweepProgress(plan, journal, queue, steps, console):
         pass
     text = out.getvalue()
     shown = [" ".join(line.split()) for line in text.splitlines()]
-    assert any("runs trial-02-s0 step 1,234 of 100 lr=0.003" in line for line in shown)
+    assert any("runs trial-02-s0 step 40 of 100 lr=0.003" in line for line in shown)
     assert any(line.startswith("1. val 2.0000 1 seed(s) lr=0.002") for line in shown)
     assert any(line.startswith("2. val 3.0000 1 seed(s) lr=0.001") for line in shown)
-    # One to begin and one at work, of 90 seconds each.
-    assert any("1:00 so far, 1 trials to begin, about 3:00 left" in line for line in shown)
+    # One to begin and one that has come to 40 of 100 steps, of 90 seconds each.
+    assert any("1:00 so far, 1 trials to begin, about 2:24 left" in line for line in shown)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from mlflow.entities import Run
 
+from infra.cli import main
+from pipelines import tracking
 from pipelines.errors import UserError
 from pipelines.notes import read_notes
 from pipelines.outcome import Ending
 from pipelines.prepare import prepare
 from pipelines.run_folder import RunFolder
 from pipelines.tracking_store import TrackingStore, local_database, open_store
+from tests.pipelines.mlflow_server import Server, wait_until
 from tests.pipelines.small_run import SETTINGS
 from tests.tuning.sweep_file import plan_of
 from tuning.sweep_journal import Ended, Rung, SweepJournal
@@ -23,9 +26,10 @@ from tuning.sweep_outcome import conclude_sweep
 from tuning.sweep_queue import SweepQueue
 from tuning.sweep_run import JOURNAL, SweepRun
 from tuning.sweep_trials import SweepTrials
-from tuning.trial_rank import TrialRank
+from tuning.trial_rank import TrialJob, TrialRank
 
 RATES = {"optimizer.lr": {"kind": "grid", "values": [1e-3, 1e-2]}}
+FOUR = {"optimizer.lr": {"kind": "grid", "values": [1e-3, 2e-3, 5e-3, 1e-2]}}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +69,17 @@ def run_next(trials: SweepTrials) -> str:
     assert isinstance(given, tuple)
     name, job = given
     trials.started(name)
+    train(trials, name, job)
+    return name
+
+
+def train(trials: SweepTrials, name: str, job: TrialJob) -> None:
+    """A trial from its first step to its end."""
     rank = TrialRank(0)
     rank.begin(job)
     while (progress := rank.advance(1000)).ending is None:
         assert progress.rung_loss is not None
     trials.ended(name, progress.ending)
-    return name
 
 
 def in_mlflow(store: TrackingStore, run: SweepRun) -> Mapping[str, Run]:
@@ -249,3 +258,55 @@ def test_a_trial_that_an_earlier_driver_left_and_nobody_took_up_is_not_left_runn
         store.client.update_run(in_mlflow(store, run)[name].info.run_id, status="RUNNING")
         trials_of(two, run, store).close()
         assert in_mlflow(store, run)[name].info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_is_told_of_the_trials_that_it_missed_or_later_by_command(
+    tmp_path: Path, store: TrackingStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, four = Server(tmp_path / "server.db", tmp_path / "server.log"), plan(tmp_path, space=FOUR)
+    server.start()
+    served = open_store(server.uri)
+    try:
+        with begun(four, served) as (run, trials):
+            # MLflow knows the first one's beginning, and nothing of the second.
+            for number in range(2):
+                given = trials.next()
+                assert isinstance(given, tuple)
+                trials.started(given[0])
+                if number == 0:
+                    wait_until(lambda: len(in_mlflow(served, run)) == 1)
+                    server.kill()
+                train(trials, *given)
+            wait_until(lambda: len(trials.untold) == 2)
+            server.start()
+            trials.close()
+            assert trials.untold == []
+            found = in_mlflow(served, run)
+            assert {one.info.status for one in found.values()} == {"FINISHED"}
+            assert {len(losses(served, one)) for one in found.values()} == {12}
+            # Again, and the server stays away until the end.
+            run.journal = SweepJournal.read(run.folder.path / JOURNAL)
+            trials = trials_of(four, run, served)
+            given = trials.next()
+            assert isinstance(given, tuple)
+            trials.started(given[0])
+            wait_until(lambda: len(in_mlflow(served, run)) == 3)
+            server.kill()
+            monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 1.0)
+            train(trials, *given)
+            trials.close()
+            assert trials.untold == [given[0]]
+        assert run.undelivered is not None
+        server.start()
+        assert main(["deliver", run.info.name]) == 0
+        assert capsys.readouterr().out.endswith(f"run {run.info.name} and 1 of its trials recorded.\n")
+        found = in_mlflow(served, run)
+        assert [one.info.status for one in found.values()] == ["FINISHED"] * 3
+        assert served.client.get_run(run.info.id).info.status == "FINISHED"
+    finally:
+        server.kill()
+
+
+def losses(store: TrackingStore, run: Run) -> list[int]:
+    return [point.step for point in store.client.get_metric_history(run.info.run_id, "train/loss")]
