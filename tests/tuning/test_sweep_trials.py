@@ -267,8 +267,10 @@ def test_a_server_that_comes_back_is_told_of_the_trials_that_it_missed_or_later_
             trials.close()
             assert trials.untold == [given[0]]
         assert run.undelivered is not None
+        # Runs stay locked for as long as a request of their own threads is under way.
+        wait_until(lambda: "mlflow-delivery" not in {thread.name for thread in threading.enumerate()})
         server.start()
-        assert main(["deliver", run.info.name]) == 0
+        assert main(["deliver", run.info.name]) == 0, capsys.readouterr().err
         assert capsys.readouterr().out.endswith(f"run {run.info.name} and 1 of its trials recorded.\n")
         found = in_mlflow(served, run)
         assert [one.info.status for one in found.values()] == ["FINISHED"] * 3
