@@ -26,19 +26,18 @@ def train(arguments: TrainArguments) -> int:
 
 
 def deliver(arguments: DeliverArguments) -> int:
-    """Deliver to MLflow what it lacks of a run, or of a study, a sweep or a replay and its trials; returns the exit code.
+    """Deliver to MLflow what it lacks of a run, the trials of a study or sweep included; returns the exit code.
 
     Raises:
         UserError: there is no such run, or the tracking store does not take everything.
     """
     from pipelines.delivery import deliver as deliver_run
     from pipelines.home import runs_dir
-    from pipelines.orphans import is_delivered
     from pipelines.run_folder import find_folder, parent_folders, run_folders
 
     runs = list(run_folders())
     folder = find_folder(arguments.run, [*runs, *parent_folders()], "run", "runs", runs_dir())
-    trials = [run for run in runs if run.info.parent == folder.info.id and not is_delivered(run)]
+    trials = [run for run in runs if run.info.parent == folder.info.id and not run.is_delivered]
     for each in (folder, *trials):
         if left := deliver_run(each):
             raise UserError(left)

@@ -6,7 +6,7 @@ import threading
 from pipelines.delivery import Delivery
 from pipelines.ending import end_if_orphaned
 from pipelines.errors import UserError, first_line
-from pipelines.run_folder import RunFolder, read_json, run_folders
+from pipelines.run_folder import RunFolder, run_folders
 from pipelines.run_lock import run_lock
 from pipelines.tracking_store import TrackingStore, shown
 
@@ -42,10 +42,5 @@ def end_orphans_in_background(store: TrackingStore) -> None:
     threading.Thread(target=end_orphans, args=(store,), name="orphans", daemon=True).start()
 
 
-def is_delivered(folder: RunFolder) -> bool:
-    """Whether a run has ended and MLflow knows it."""
-    return folder.ending.exists() and bool(read_json(folder.delivered).get("ended", False))
-
-
 def _is_unfinished(folder: RunFolder, store: TrackingStore) -> bool:
-    return not is_delivered(folder) and folder.info.tracking_uri == shown(store.uri)
+    return not folder.is_delivered and folder.info.tracking_uri == shown(store.uri)

@@ -124,6 +124,11 @@ class RunFolder:
         return self.path / "delivered.json"
 
     @property
+    def is_delivered(self) -> bool:
+        """Whether the run has ended and MLflow knows it."""
+        return self.ending.exists() and bool(read_json(self.delivered).get("ended", False))
+
+    @property
     def registered(self) -> Path:
         """Which checkpoints MLflow knows, as JSON: `pipelines.registration`."""
         return self.path / "registered.json"

@@ -73,7 +73,8 @@ def make_parent(
 
     with store_errors(store.uri):
         client, experiment_id = store.client, store.experiment_id(experiment)
-        run = client.create_run(experiment_id, run_name=name, tags={"mlflow.source.type": "LOCAL", **job_tags(), **tags})
+        tags = {"mlflow.source.type": "LOCAL", **job_tags(), **tags}
+        run = client.create_run(experiment_id, run_name=name, tags=tags)
         folder = RunFolder(place / run.info.run_id)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         try:

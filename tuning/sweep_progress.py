@@ -71,9 +71,8 @@ class SweepProgress:
         loss = f"{ended.measures[LOSS]:.4f}" if LOSS in ended.measures else "-"
         width = max(len(self._plan.label(trial.values)) for trial in trials.values())
         what = {"finished": "", "pruned": f"pruned at {ended.step}", "diverged": "DIVERGED", "failed": "FAILED"}
-        self.say(
-            f"[{count}] {label:<{width}}  val {loss}  {what[ended.outcome]:<14} {ended.seconds:.0f} s  {self._best_words()}"
-        )
+        how = f"{what[ended.outcome]:<14} {ended.seconds:.0f} s"
+        self.say(f"[{count}] {label:<{width}}  val {loss}  {how}  {self._best_words()}")
 
     def _best_words(self) -> str:
         best = self._best()

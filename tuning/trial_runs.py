@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pipelines.config import RunConfig
 from pipelines.delivery import deliver
 from pipelines.description import Status
+from pipelines.ending import ending_of
 from pipelines.errors import UserError
 from pipelines.home import runs_dir
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, write_json
 from pipelines.shards import Shards
 from pipelines.text import dataset_info
 from pipelines.tracking import FINISH_TIMEOUT_S, Tracker, TrialPlace
@@ -107,6 +108,12 @@ class TrialRuns:
         if trial.tracker is None and end.figures is not None:
             self._open(trial)
         if trial.tracker is None:
+            if trial.folder.is_run:
+                # MLflow went while the run was made: what is delivered of it later must be true. It is without the tags
+                # of its end, for a sweep that goes on knows by them which trials MLflow has been told of as a whole.
+                ending = ending_of(trial.folder, trial.config, end.status, end.reason)
+                ending["metrics"] |= end.figures or {}
+                write_json(trial.folder.ending, ending)
             return False
         trial.tracker.figures = dict(end.figures or {})
         trial.tracker.tags = dict(end.tags or {})

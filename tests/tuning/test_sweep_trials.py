@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.notes import read_notes
 from pipelines.outcome import Ending
 from pipelines.prepare import prepare
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, read_json, write_json
 from pipelines.tracking_store import TrackingStore, local_database, open_store
 from tests.pipelines.mlflow_server import Server, wait_until
 from tests.pipelines.small_run import SETTINGS
@@ -29,7 +29,6 @@ from tuning.sweep_trials import SweepTrials
 from tuning.trial_rank import TrialJob, TrialRank
 
 RATES = {"optimizer.lr": {"kind": "grid", "values": [1e-3, 1e-2]}}
-FOUR = {"optimizer.lr": {"kind": "grid", "values": [1e-3, 2e-3, 5e-3, 1e-2]}}
 
 
 @pytest.fixture(scope="module")
@@ -260,15 +259,32 @@ def test_a_trial_that_an_earlier_driver_left_and_nobody_took_up_is_not_left_runn
         assert in_mlflow(store, run)[name].info.status == "KILLED"
 
 
-@pytest.mark.slow
-def test_a_server_that_comes_back_is_told_of_the_trials_that_it_missed_or_later_by_command(
-    tmp_path: Path, store: TrackingStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_deliver_takes_the_trials_of_a_sweep_along(
+    tmp_path: Path, store: TrackingStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server, four = Server(tmp_path / "server.db", tmp_path / "server.log"), plan(tmp_path, space=FOUR)
+    with begun(plan(tmp_path), store) as (run, trials):
+        name, other = run_next(trials), run_next(trials)
+    # As a server leaves it that was away at the trial's end.
+    folder = RunFolder(Path(run.journal.trials[name].begun.folder))
+    write_json(folder.delivered, {**read_json(folder.delivered), "ended": False})
+    store.client.update_run(folder.info.id, status="RUNNING")
+    assert main(["deliver", run.info.id]) == 0
+    assert capsys.readouterr().out == f"MLflow has everything that run {run.info.name} and 1 of its trials recorded.\n"
+    assert {one: found.info.status for one, found in in_mlflow(store, run).items()} == {
+        name: "FINISHED",
+        other: "FINISHED",
+    }
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_is_told_of_the_trials_that_it_missed(
+    tmp_path: Path, store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, two = Server(tmp_path / "server.db", tmp_path / "server.log"), plan(tmp_path)
     server.start()
     served = open_store(server.uri)
     try:
-        with begun(four, served) as (run, trials):
+        with begun(two, served) as (run, trials):
             # MLflow knows the first one's beginning, and nothing of the second.
             for number in range(2):
                 given = trials.next()
@@ -277,33 +293,16 @@ def test_a_server_that_comes_back_is_told_of_the_trials_that_it_missed_or_later_
                 if number == 0:
                     wait_until(lambda: len(in_mlflow(served, run)) == 1)
                     server.kill()
+                    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 1.0)
                 train(trials, *given)
             wait_until(lambda: len(trials.untold) == 2)
             server.start()
+            monkeypatch.undo()
             trials.close()
             assert trials.untold == []
             found = in_mlflow(served, run)
             assert {one.info.status for one in found.values()} == {"FINISHED"}
             assert {len(losses(served, one)) for one in found.values()} == {12}
-            # Again, and the server stays away until the end.
-            run.journal = SweepJournal.read(run.folder.path / JOURNAL)
-            trials = trials_of(four, run, served)
-            given = trials.next()
-            assert isinstance(given, tuple)
-            trials.started(given[0])
-            wait_until(lambda: len(in_mlflow(served, run)) == 3)
-            server.kill()
-            monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 1.0)
-            train(trials, *given)
-            trials.close()
-            assert trials.untold == [given[0]]
-        assert run.undelivered is not None
-        server.start()
-        assert main(["deliver", run.info.name]) == 0
-        assert capsys.readouterr().out.endswith(f"run {run.info.name} and 1 of its trials recorded.\n")
-        found = in_mlflow(served, run)
-        assert [one.info.status for one in found.values()] == ["FINISHED"] * 3
-        assert served.client.get_run(run.info.id).info.status == "FINISHED"
     finally:
         server.kill()
 
