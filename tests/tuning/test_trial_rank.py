@@ -60,8 +60,8 @@ def test_a_trial_leaves_nothing_behind_and_its_end_does_not_look_through_the_who
         assert len(gc.get_objects()) < 30_000
         rank.advance(1)
         # A cycle, which only a collection frees.
-        cycle = torch.nn.Module()
-        cycle.myself = [cycle]
+        cycle = torch.nn.Linear(1, 1)
+        cycle.register_forward_hook(cycle.forward)
         gone = weakref.ref(cycle)
         del cycle
         assert gone() is not None
