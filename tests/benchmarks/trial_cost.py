@@ -43,7 +43,7 @@ class Cost:
     outcome: TrialOutcome
     wall: float
     training: float
-    """Of its steps and validations."""
+    """Of its steps and validations, with what is recorded of each."""
 
 
 def sweep_file(folder: Path, full: int) -> Path:
@@ -87,15 +87,10 @@ def costs(home: Path, file: Path, *settings: str) -> Iterator[Cost]:
 
 
 def training_seconds(folder: RunFolder) -> float:
-    """Seconds of the steps and validations of a trial."""
-    steps = sum(read_series(folder).train["train/step_seconds"])
-    validations, step_ended = 0.0, 0
-    for record in SpoolReader(folder.spool).read():
-        if record.kind == TRAIN:
-            step_ended = record.time_ms
-        elif record.kind == VALIDATION:
-            validations += (record.time_ms - step_ended) / 1000
-    return steps + validations
+    """Seconds from the beginning of a trial's first step to the record of its last step or validation."""
+    records = [record for record in SpoolReader(folder.spool).read() if record.kind in (TRAIN, VALIDATION)]
+    first = read_series(folder).train["train/step_seconds"][0]
+    return first + (records[-1].time_ms - records[0].time_ms) / 1000
 
 
 def row(workers: int, found: list[Cost]) -> str:
