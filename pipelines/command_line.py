@@ -5,6 +5,7 @@ taken as they stand (it would split ``--set key=[1,2]`` at the comma), options m
 environment variables are not read, and a mistake is a `UserError`.
 """
 
+import errno
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, PydanticBaseSettingsSource
 
 from pipelines.errors import UserError
+from pipelines.home import home
 
 EXIT_DONE = 0
 EXIT_DEFECT = 1
@@ -63,7 +65,7 @@ def run_command(
 
     Args:
         model: class of the arguments; its docstring is the help.
-        execute: the command; a `UserError` from it becomes a message on stderr and exit code 2.
+        execute: the command; a `UserError` from it becomes a message on stderr and exit code 2, a full disk one and 1.
         argv: arguments without the program's name; None takes those of the process.
         program: name in the help.
     """
@@ -73,6 +75,12 @@ def run_command(
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = f" at {error.filename}" if error.filename else f" in {home()}"
+        print(f"error: no space left on the disk{place}; free some, then go on, with --resume NAME", file=sys.stderr)
+        return EXIT_DEFECT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -125,8 +125,13 @@ class Tracker:
         with store_errors(store.uri):
             if resume:
                 lock = RunLock(resume)
-                folder = _reopen(config, store, resume)
-                _replace_tags(store, folder, tags or {})
+                try:
+                    folder = _reopen(config, store, resume)
+                    _replace_tags(store, folder, tags or {})
+                except BaseException:
+                    # Whoever keeps the exception would keep the lock, and nobody could try again.
+                    lock.release()
+                    raise
             else:
                 folder, lock = _create(config, store, preset, trial, tags or {})
             tracker = cls(config, store, folder, lock)

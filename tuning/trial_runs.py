@@ -113,7 +113,10 @@ class TrialRuns:
                 # of its end, for a sweep that goes on knows by them which trials MLflow has been told of as a whole.
                 ending = ending_of(trial.folder, trial.config, end.status, end.reason)
                 ending["metrics"] |= end.figures or {}
-                write_json(trial.folder.ending, ending)
+                try:
+                    write_json(trial.folder.ending, ending)
+                except OSError as error:
+                    _log.warning("%s cannot be written: %s", trial.folder.ending, error)
             return False
         trial.tracker.figures = dict(end.figures or {})
         trial.tracker.tags = dict(end.tags or {})

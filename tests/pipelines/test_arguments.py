@@ -1,9 +1,11 @@
 """The arguments of `train`, however they are ordered on the command line."""
 
+from pathlib import Path
+
 import pytest
 
 from pipelines.arguments import TrainArguments
-from pipelines.command_line import parse
+from pipelines.command_line import EXIT_DEFECT, parse, run_command
 from pipelines.errors import UserError
 
 
@@ -77,3 +79,18 @@ def test_a_resumed_run_takes_no_preset_not_even_the_default() -> None:
 )
 def test_an_unknown_or_incomplete_option_is_refused(argv: list[str], line: str) -> None:
     assert complaint(*argv).startswith(line)
+
+
+def test_a_full_disk_is_one_line_and_another_error_of_the_system_is_a_defect(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def write(arguments: TrainArguments) -> int:
+        # The kernel's own full disk.
+        return Path("/dev/full").write_text("text")
+
+    assert run_command(TrainArguments, write, [], "train") == EXIT_DEFECT
+    told = capsys.readouterr().err
+    assert told.startswith("error: no space left on the disk in ")
+    assert told.count("\n") == 1
+    with pytest.raises(FileNotFoundError):
+        run_command(TrainArguments, lambda _: len((tmp_path / "none").read_text()), [], "train")
