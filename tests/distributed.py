@@ -6,6 +6,7 @@ starting two interpreters that import torch costs 4 s on two cores. (Forking pyt
 its threads hold.)
 """
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -43,7 +44,8 @@ def run_distributed(
     variables are those of the caller at the time of the call. A plain tensor is a good result, a DTensor is not.
 
     Raises the first exception of any rank, with that rank's traceback as a note; TimeoutError; RuntimeError if a rank
-    dies. The processes are gone in each case.
+    dies, with its exit code and what its threads were at, if a signal has killed it. The processes are gone in each
+    case.
     """
     task = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
@@ -56,7 +58,7 @@ def run_distributed(
                     args=(
                         rank,
                         world_size,
-                        Path(folder) / "store",
+                        Path(folder),
                         collective_timeout_s,
                         dict(os.environ),
                         task,
@@ -69,6 +71,12 @@ def run_distributed(
                 processes.append(process)
                 connections.append(ours)
             return _collect(connections, time.monotonic() + timeout_s, timeout_s)
+        except _RankDiedError as death:
+            processes[death.rank].join(10)
+            error = RuntimeError(f"rank {death.rank} died without a word, exit code {processes[death.rank].exitcode}")
+            if (words := _last_words(Path(folder), death.rank)).exists():
+                error.add_note(words.read_text())
+            raise error from None
         finally:
             for process in processes:
                 process.kill()
@@ -76,6 +84,17 @@ def run_distributed(
                 process.join()
             for connection in connections:
                 connection.close()
+
+
+class _RankDiedError(Exception):
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.rank = rank
+
+
+def _last_words(folder: Path, rank: int) -> Path:
+    """Where a rank that a signal kills says what its threads were at."""
+    return folder / f"rank-{rank}.txt"
 
 
 def _collect(connections: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
@@ -91,7 +110,7 @@ def _collect(connections: list[Connection], deadline: float, timeout_s: float) -
             try:
                 result, error, trace = pickle.loads(connection.recv_bytes())
             except EOFError:
-                raise RuntimeError(f"rank {rank} died without a word") from None
+                raise _RankDiedError(rank) from None
             if error is not None:
                 error.add_note(f"\non rank {rank}:\n{trace}")
                 raise error
@@ -102,7 +121,7 @@ def _collect(connections: list[Connection], deadline: float, timeout_s: float) -
 def _rank_main(
     rank: int,
     world_size: int,
-    store: Path,
+    folder: Path,
     collective_timeout_s: float,
     environment: dict[str, str],
     task: bytes,
@@ -112,10 +131,13 @@ def _rank_main(
     os.environ.update(environment)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     torch.set_num_threads(1)
+    # Open for as long as this process lives: the handler writes to its descriptor.
+    words = _last_words(folder, rank).open("w")
+    faulthandler.enable(words)
     try:
         torch.distributed.init_process_group(
             "gloo",
-            init_method=f"file://{store}",
+            init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=collective_timeout_s),
