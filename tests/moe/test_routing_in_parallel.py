@@ -9,6 +9,7 @@ from tests.moe.divisions import (
     DIVISIONS,
     Cases,
     assert_same_training,
+    by_corner,
     reference,
     refused,
     resumed,
@@ -36,10 +37,7 @@ CASES: Cases = {
 }
 
 
-OTHERS = [pytest.param(division, marks=pytest.mark.slow) for division in DIVISIONS if division != "ep2-sharded"]
-
-
-@pytest.mark.parametrize("division", ["ep2-sharded", *OTHERS])
+@by_corner
 def test_ranks_train_what_one_process_trains(division: str) -> None:
     assert_same_training(runs_of(CASES, division), reference(CASES), {})
 
