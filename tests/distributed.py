@@ -23,8 +23,15 @@ from typing import Any
 
 import torch
 
-# torch._dynamo because the first DTensor imports it, in 1.5 s; moe.trainer takes 0.3 s.
-_PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "moe.trainer"]
+# torch._dynamo because the first DTensor imports it, in 1.5 s; moe.trainer takes 0.3 s, pipelines.loop 0.2 s more.
+_PRELOAD = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "moe.trainer",
+    "pipelines.loop",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOAD)
 
@@ -100,22 +107,31 @@ def _last_words(folder: Path, rank: int) -> Path:
 def _collect(connections: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(connections):
-        waiting = {connections[rank]: rank for rank in range(len(connections)) if rank not in results}
+        waiting: dict[Any, int] = {connections[rank]: rank for rank in range(len(connections)) if rank not in results}
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TimeoutError(f"no result from rank(s) {sorted(waiting.values())} after {timeout_s} s")
         for connection in ready:
-            assert isinstance(connection, Connection)
             rank = waiting[connection]
-            try:
-                result, error, trace = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                raise _RankDiedError(rank) from None
+            result, error, trace = _message_of(connection, rank)
             if error is not None:
+                # Of a rank that died, the others say only that a connection ended.
+                others = [other for other in waiting if other is not connection]
+                for other in multiprocessing.connection.wait(others, timeout=0):
+                    _message_of(other, waiting[other])
                 error.add_note(f"\non rank {rank}:\n{trace}")
                 raise error
             results[rank] = result
     return [results[rank] for rank in range(len(connections))]
+
+
+def _message_of(connection: Any, rank: int) -> tuple[Any, BaseException | None, str]:
+    """Result, error and traceback."""
+    try:
+        message: tuple[Any, BaseException | None, str] = pickle.loads(connection.recv_bytes())
+    except EOFError:
+        raise _RankDiedError(rank) from None
+    return message
 
 
 def _rank_main(
