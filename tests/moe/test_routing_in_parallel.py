@@ -37,13 +37,17 @@ CASES: Cases = {
 }
 
 
+# Hash layers alone have nothing to remember.
+REMEMBERING = {name: changes for name, changes in CASES.items() if name != "all hashed"}
+
+
 @by_corner
 def test_ranks_train_what_one_process_trains(division: str) -> None:
     assert_same_training(runs_of(CASES, division), reference(CASES), {})
 
 
 def test_a_saved_state_makes_the_next_steps_bit_identical() -> None:
-    assert run_distributed(resumed, 2, CASES, DIVISIONS["ep2"], (1, 3)) == [[], []]
+    assert run_distributed(resumed, 2, REMEMBERING, DIVISIONS["ep2"], (1, 3)) == [[], []]
 
 
 def test_a_step_that_is_not_taken_changes_nothing() -> None:

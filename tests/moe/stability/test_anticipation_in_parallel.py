@@ -122,19 +122,17 @@ def take_up(rank: int, world: int, changes: list[Any], parallel: dict[str, Any],
     return whole_state(trainer), [trainer.step().metrics for _ in range(3)], weights(trainer)
 
 
+ONE, PAIR, SHARDED = (1, "replicas"), (2, "ep2"), (2, "ep2-sharded")
+
+
 @pytest.mark.parametrize(
-    ("changes", "after"),
+    ("changes", "after", "before", "later"),
     [
-        pytest.param([ALWAYS], 1, marks=SLOW),
-        pytest.param([TRIGGERED], 3, marks=SLOW),
-        ([ALWAYS, STAGES], 2),
-    ],
-)
-@pytest.mark.parametrize(
-    ("before", "later"),
-    [
-        pytest.param((1, "replicas"), (2, "ep2-sharded"), id="to 2"),
-        pytest.param((2, "ep2"), (1, "replicas"), id="to 1", marks=SLOW),
+        pytest.param([ALWAYS], 1, ONE, SHARDED, id="ramp to 2", marks=SLOW),
+        pytest.param([TRIGGERED], 3, ONE, SHARDED, id="triggered to 2", marks=SLOW),
+        pytest.param([ALWAYS, STAGES], 2, ONE, SHARDED, id="stages to 2"),
+        pytest.param([TRIGGERED], 3, PAIR, ONE, id="triggered to 1", marks=SLOW),
+        pytest.param([ALWAYS, STAGES], 2, PAIR, ONE, id="stages to 1", marks=SLOW),
     ],
 )
 def test_another_division_takes_the_queue_up_in_ramp_steady_state_triggered_period_and_stages(

@@ -63,11 +63,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": {"expert_parallel": 2},
     "ep2-sharded": {"expert_parallel": 2, "dense": "shard"},
 }
-# Every switch on one layout, and on the others those that between them have every kind of state and loss.
+# Each loss is a figure of its own, so that all of them at once are told apart; of biases there is one kind at a time.
+# On one layout every kind, and on the others those that between them have every form of state and loss.
 COMBINED = ("sqrt_softplus, quantile, batch loss", "together")
 TRAINED: dict[str, tuple[str, ...]] = {
     "replicas": ("proportional", *COMBINED),
-    "ep2": tuple(CHANGES),
+    "ep2": ("proportional", "smebu", "quantile", "schedule", "sqrt_softplus", *COMBINED),
     "ep2-sharded": ("schedule", *COMBINED),
 }
 
