@@ -42,9 +42,14 @@ def vanished_in(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) 
     """Homes, and the id of the run in each whose driver was killed with SIGKILL; a test takes one of them."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop(URI_VARIABLE, None)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     found = []
-    with subprocess.Popen([sys.executable, "-c", DRIVER], text=True, env=environment, **pipes) as driver:
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        text=True,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as driver:
         assert driver.stdin is not None
         assert driver.stdout is not None
         for _ in range(HOMES):
