@@ -6,6 +6,7 @@ starting two interpreters that import torch costs 4 s on two cores. (Forking pyt
 its threads hold.)
 """
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -22,8 +23,15 @@ from typing import Any
 
 import torch
 
-# torch._dynamo because the first DTensor imports it, in 1.5 s; moe.trainer takes 0.3 s.
-_PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "moe.trainer"]
+# torch._dynamo because the first DTensor imports it, in 1.5 s; moe.trainer takes 0.3 s, pipelines.loop 0.2 s more.
+_PRELOAD = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "moe.trainer",
+    "pipelines.loop",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOAD)
 
@@ -43,7 +51,8 @@ def run_distributed(
     variables are those of the caller at the time of the call. A plain tensor is a good result, a DTensor is not.
 
     Raises the first exception of any rank, with that rank's traceback as a note; TimeoutError; RuntimeError if a rank
-    dies. The processes are gone in each case.
+    dies, with its exit code and what its threads were at, if a signal has killed it. The processes are gone in each
+    case.
     """
     task = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
@@ -56,7 +65,7 @@ def run_distributed(
                     args=(
                         rank,
                         world_size,
-                        Path(folder) / "store",
+                        Path(folder),
                         collective_timeout_s,
                         dict(os.environ),
                         task,
@@ -69,6 +78,12 @@ def run_distributed(
                 processes.append(process)
                 connections.append(ours)
             return _collect(connections, time.monotonic() + timeout_s, timeout_s)
+        except _RankDiedError as death:
+            processes[death.rank].join(10)
+            error = RuntimeError(f"rank {death.rank} died without a word, exit code {processes[death.rank].exitcode}")
+            if (words := _last_words(Path(folder), death.rank)).exists():
+                error.add_note(words.read_text())
+            raise error from None
         finally:
             for process in processes:
                 process.kill()
@@ -78,31 +93,51 @@ def run_distributed(
                 connection.close()
 
 
+class _RankDiedError(Exception):
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.rank = rank
+
+
+def _last_words(folder: Path, rank: int) -> Path:
+    """Where a rank that a signal kills says what its threads were at."""
+    return folder / f"rank-{rank}.txt"
+
+
 def _collect(connections: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(connections):
-        waiting = {connections[rank]: rank for rank in range(len(connections)) if rank not in results}
+        waiting: dict[Any, int] = {connections[rank]: rank for rank in range(len(connections)) if rank not in results}
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TimeoutError(f"no result from rank(s) {sorted(waiting.values())} after {timeout_s} s")
         for connection in ready:
-            assert isinstance(connection, Connection)
             rank = waiting[connection]
-            try:
-                result, error, trace = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                raise RuntimeError(f"rank {rank} died without a word") from None
+            result, error, trace = _message_of(connection, rank)
             if error is not None:
+                # Of a rank that died, the others say only that a connection ended.
+                others = [other for other in waiting if other is not connection]
+                for other in multiprocessing.connection.wait(others, timeout=0):
+                    _message_of(other, waiting[other])
                 error.add_note(f"\non rank {rank}:\n{trace}")
                 raise error
             results[rank] = result
     return [results[rank] for rank in range(len(connections))]
 
 
+def _message_of(connection: Any, rank: int) -> tuple[Any, BaseException | None, str]:
+    """Result, error and traceback."""
+    try:
+        message: tuple[Any, BaseException | None, str] = pickle.loads(connection.recv_bytes())
+    except EOFError:
+        raise _RankDiedError(rank) from None
+    return message
+
+
 def _rank_main(
     rank: int,
     world_size: int,
-    store: Path,
+    folder: Path,
     collective_timeout_s: float,
     environment: dict[str, str],
     task: bytes,
@@ -112,10 +147,13 @@ def _rank_main(
     os.environ.update(environment)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     torch.set_num_threads(1)
+    # Open for as long as this process lives: the handler writes to its descriptor.
+    words = _last_words(folder, rank).open("w")
+    faulthandler.enable(words)
     try:
         torch.distributed.init_process_group(
             "gloo",
-            init_method=f"file://{store}",
+            init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=collective_timeout_s),

@@ -31,6 +31,9 @@ by_division = pytest.mark.parametrize(
     "division", [pytest.param(name, marks=pytest.mark.slow if name != "ep2-sharded" else ()) for name in DIVISIONS]
 )
 """A test of every division: by default of the one that divides most, the others with the slow tests."""
+by_corner = pytest.mark.parametrize("division", ["ep2-sharded", pytest.param("replicas", marks=pytest.mark.slow)])
+"""Where the divisions between add nothing: that which divides most, and with the slow tests that which divides nothing.
+"""
 
 
 @dataclass

@@ -77,7 +77,7 @@ def check(case: str, world: int, parallel: dict[str, Any], micro: int | None = 1
 
 
 @by_case
-@pytest.mark.parametrize("division", [slow("replicas"), slow("ep2"), "ep2-sharded"])
+@pytest.mark.parametrize("division", [slow("replicas"), "ep2-sharded"])
 def test_ranks_train_what_one_process_trains(case: str, division: str) -> None:
     check(case, 2, DIVISIONS[division])
 
@@ -112,10 +112,9 @@ def test_a_step_that_is_not_taken_changes_nothing() -> None:
         assert broken == []
 
 
-@by_case
-@pytest.mark.parametrize("expert_parallel", [2, 4])
+@pytest.mark.parametrize(("case", "expert_parallel"), [("threshold", 2), ("identity", 4)])
 @pytest.mark.slow
-def test_every_division_of_four_ranks_trains_the_same_model(case: str, expert_parallel: int) -> None:
+def test_divisions_of_four_ranks_train_the_same_model(case: str, expert_parallel: int) -> None:
     check(case, 4, {"expert_parallel": expert_parallel, "dense": "shard"})
 
 

@@ -281,11 +281,15 @@ def test_bf16_ranks_agree_to_its_rounding() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dense", "micro"), [("replicate", 1), ("shard", None)])
 @pytest.mark.parametrize(
-    ("model", "world", "expert_parallel"),
-    # Every division for one model; for the other those that do the most at once.
-    [*(("v3", *division) for division in [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]), ("v1", 4, 2), ("v1", 4, 4)],
+    ("model", "world", "expert_parallel", "dense", "micro"),
+    [
+        # What the divisions above are not: without expert parallelism, and sharded over four ranks in whole batches.
+        *(("v3", world, 1, dense, micro) for world, dense, micro in [(2, "shard", None), (4, "replicate", 1)]),
+        *(("v3", 4, expert_parallel, "shard", None) for expert_parallel in (1, 2, 4)),
+        ("v1", 4, 2, "shard", None),
+        ("v1", 4, 4, "replicate", 1),
+    ],
 )
 def test_every_division_trains_the_same_model(
     model: str, world: int, expert_parallel: int, dense: str, micro: int | None

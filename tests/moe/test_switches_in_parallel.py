@@ -108,9 +108,9 @@ def test_every_switch_makes_another_model() -> None:
         Transformer(config, ALONE)
 
 
-@pytest.mark.parametrize("parallel", PARALLEL.values(), ids=PARALLEL.keys())
-def test_ranks_train_what_one_process_trains_with_several_switches(parallel: dict[str, Any]) -> None:
-    check("several", parallel)
+@pytest.mark.parametrize("parallel", ["replicas", "ep2-sharded"])
+def test_ranks_train_what_one_process_trains_with_several_switches(parallel: str) -> None:
+    check("several", PARALLEL[parallel])
 
 
 def test_sharded_expert_parallel_ranks_train_what_one_process_trains_with_all_switches() -> None:
@@ -138,6 +138,9 @@ def test_sharded_expert_parallel_ranks_train_what_one_process_trains_with_each_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in (*TOGETHER, "clamped")])
+@pytest.mark.parametrize(
+    "switch",
+    ["sandwich", "normed heads", "scaled latents", "normed experts", "smoothly bounded", "constrained streams"],
+)
 def test_bf16_ranks_agree_to_its_rounding_with_each_switch(switch: str) -> None:
     check(switch, PARALLEL["ep2"], "bf16", STREAMS["bf16"] if "streams" in switch else BF16)

@@ -208,8 +208,8 @@ def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(tmp_path: 
 
 
 def _run_saving_each_step(run: Path) -> None:
-    settings = ("schedule.steps=40", "checkpoint.every_steps=1", "checkpoint.keep=2")
-    assert run_loop(0, 1, run, settings) == Ending("finished", 40)
+    settings = ("schedule.steps=24", "checkpoint.every_steps=1", "checkpoint.keep=2")
+    assert run_loop(0, 1, run, settings) == Ending("finished", 24)
 
 
 def _being_written(run: Path) -> set[int]:

@@ -1,6 +1,7 @@
 """Runs whose driver vanished, and drivers that cannot write down how their run ended."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,91 +11,127 @@ import pytest
 from pipelines.delivery import deliver
 from pipelines.ending import DESCRIPTION_TAG
 from pipelines.errors import UserError
-from pipelines.home import runs_dir
+from pipelines.home import HOME_VARIABLE, runs_dir
 from pipelines.orphans import end_orphans
 from pipelines.run_folder import RunFolder
 from pipelines.run_lock import RunBusyError, writer_lock
 from pipelines.spool import SpoolReader
 from pipelines.tracking import Tracker
-from pipelines.tracking_store import TrackingStore
+from pipelines.tracking_store import URI_VARIABLE, TrackingStore, local_database, open_store
 from tests.pipelines.tracked import DATASET, config, points, train
 
+# For every home that it reads, as a process of its own would; importing what a driver needs takes seconds.
 DRIVER = """
-import time
+import os, sys
+from contextlib import ExitStack
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import local_database, open_store
 from tests.pipelines.tracked import DATASET, config, train
-with Tracker.start(config(), open_store(local_database()), dataset=DATASET) as tracker:
-    train(tracker.folder, 1, 3)
-    print(tracker.info.id, flush=True)
-    time.sleep(60)
+with ExitStack() as stack:
+    for line in sys.stdin:
+        os.environ["STEADYMOE_HOME"] = line.strip()
+        tracker = stack.enter_context(Tracker.start(config(), open_store(local_database()), dataset=DATASET))
+        train(tracker.folder, 1, 3)
+        print(tracker.info.id, flush=True)
 """
+HOMES = 7
+
+
+@pytest.fixture(scope="module")
+def vanished_in(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> list[tuple[Path, str]]:
+    """Homes, and the id of the run in each whose driver was killed with SIGKILL; a test takes one of them."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop(URI_VARIABLE, None)
+    found = []
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        text=True,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as driver:
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+        for _ in range(HOMES):
+            home = tmp_path_factory.mktemp("home")
+            shutil.copy(empty_database, home / "mlflow.db")
+            print(home, file=driver.stdin, flush=True)
+            found.append((home, driver.stdout.readline().strip()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv(URI_VARIABLE, raising=False)
+            for home, run_id in found:
+                patch.setenv(HOME_VARIABLE, str(home))
+                with pytest.raises(UserError, match=rf"run run-1 is in use by process {driver.pid} on "):
+                    deliver(RunFolder(runs_dir() / run_id))
+                end_orphans(open_store(local_database()))
+        driver.kill()
+    return found
 
 
 @pytest.fixture
-def vanished(store: TrackingStore, home: Path) -> RunFolder:
-    """A run whose driver was killed with SIGKILL, in a database that takes it for alive."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "STEADYMOE_HOME": str(home), "PYTHONPATH": str(root)}
-    with subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, env=environment) as driver:
-        assert driver.stdout is not None
-        folder = RunFolder(runs_dir() / driver.stdout.readline().strip())
-        with pytest.raises(UserError, match=rf"run run-1 is in use by process {driver.pid} on "):
-            deliver(folder)
-        end_orphans(store)
-        driver.kill()
-    assert store.client.get_run(folder.info.id).info.status == "RUNNING"
-    return folder
+def vanished(vanished_in: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run whose driver was killed, in a database that takes it for alive."""
+    home, run_id = vanished_in.pop()
+    monkeypatch.setenv(HOME_VARIABLE, str(home))
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    assert open_store(local_database()).client.get_run(run_id).info.status == "RUNNING"
+    return RunFolder(runs_dir() / run_id)
+
+
+@pytest.fixture
+def its_store(vanished: RunFolder) -> TrackingStore:
+    """The database of ``vanished``."""
+    return open_store(local_database())
 
 
 def test_a_run_whose_driver_vanished_is_ended_by_the_next_that_comes_by(
-    store: TrackingStore, vanished: RunFolder
+    its_store: TrackingStore, vanished: RunFolder
 ) -> None:
-    end_orphans(store)
-    run = store.client.get_run(vanished.info.id)
+    end_orphans(its_store)
+    run = its_store.client.get_run(vanished.info.id)
     assert run.info.status == "KILLED"
     assert run.info.end_time == SpoolReader(vanished.spool).read()[-1].time_ms
     assert run.data.metrics["final/loss"] == round(5 / 3, 4)
     assert "at step 3 (its driver vanished)" in run.data.tags[DESCRIPTION_TAG]
-    assert points(store.client, vanished, "train/loss") == [(step, 5 / step) for step in (1, 2, 3)]
+    assert points(its_store.client, vanished, "train/loss") == [(step, 5 / step) for step in (1, 2, 3)]
 
 
-def test_a_run_whose_driver_vanished_is_ended_by_its_delivery(store: TrackingStore, vanished: RunFolder) -> None:
+def test_a_run_whose_driver_vanished_is_ended_by_its_delivery(its_store: TrackingStore, vanished: RunFolder) -> None:
     assert deliver(vanished) is None
-    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
+    assert its_store.client.get_run(vanished.info.id).info.status == "KILLED"
 
 
-def test_a_run_whose_driver_vanished_can_be_resumed(store: TrackingStore, vanished: RunFolder) -> None:
-    with Tracker.start(config(), store, dataset=DATASET, resume=vanished):
+def test_a_run_whose_driver_vanished_can_be_resumed(its_store: TrackingStore, vanished: RunFolder) -> None:
+    with Tracker.start(config(), its_store, dataset=DATASET, resume=vanished):
         train(vanished, 4, 5)
-    assert store.client.get_run(vanished.info.id).info.status == "FINISHED"
-    assert points(store.client, vanished, "train/loss") == [(step, 5 / step) for step in range(1, 6)]
+    assert its_store.client.get_run(vanished.info.id).info.status == "FINISHED"
+    assert points(its_store.client, vanished, "train/loss") == [(step, 5 / step) for step in range(1, 6)]
 
 
-def test_a_run_that_a_worker_still_writes_to_has_not_ended(store: TrackingStore, vanished: RunFolder) -> None:
+def test_a_run_that_a_worker_still_writes_to_has_not_ended(its_store: TrackingStore, vanished: RunFolder) -> None:
     with writer_lock(vanished, patience_s=0.0):
-        end_orphans(store)
+        end_orphans(its_store)
         with pytest.raises(RunBusyError, match="is still written to by a training worker"):
             deliver(vanished)
-    assert store.client.get_run(vanished.info.id).info.status == "RUNNING"
-    end_orphans(store)
-    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
+    assert its_store.client.get_run(vanished.info.id).info.status == "RUNNING"
+    end_orphans(its_store)
+    assert its_store.client.get_run(vanished.info.id).info.status == "KILLED"
 
 
-def test_a_run_whose_config_cannot_be_read_any_more_is_ended(store: TrackingStore, vanished: RunFolder) -> None:
+def test_a_run_whose_config_cannot_be_read_any_more_is_ended(its_store: TrackingStore, vanished: RunFolder) -> None:
     vanished.config.write_text("of_another_version: 1\n")
-    end_orphans(store)
-    run = store.client.get_run(vanished.info.id)
+    end_orphans(its_store)
+    run = its_store.client.get_run(vanished.info.id)
     assert (run.info.status, run.data.metrics["final/loss"]) == ("KILLED", round(5 / 3, 4))
 
 
-def test_a_damaged_folder_keeps_no_other_run_from_being_ended(store: TrackingStore, vanished: RunFolder) -> None:
+def test_a_damaged_folder_keeps_no_other_run_from_being_ended(its_store: TrackingStore, vanished: RunFolder) -> None:
     for name in ("0", "f" * 32):  # before and after the other, in whatever order they are listed
         folder = runs_dir() / name
         folder.mkdir()
         (folder / "run.json").write_text("{")
-    end_orphans(store)
-    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
+    end_orphans(its_store)
+    assert its_store.client.get_run(vanished.info.id).info.status == "KILLED"
 
 
 def _no_room(*_: object) -> None:
@@ -128,16 +165,16 @@ def test_a_run_that_gets_no_folder_is_not_left_running(store: TrackingStore, mon
 
 
 def test_a_driver_that_vanishes_while_it_resumes_leaves_a_run_that_is_ended(
-    store: TrackingStore, vanished: RunFolder, monkeypatch: pytest.MonkeyPatch
+    its_store: TrackingStore, vanished: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end_orphans(store)
+    end_orphans(its_store)
 
     def vanish(*_: object) -> None:
         raise SystemExit(137)
 
-    monkeypatch.setattr(store.client, "set_tag", vanish)
+    monkeypatch.setattr(its_store.client, "set_tag", vanish)
     with pytest.raises(SystemExit):
-        Tracker.start(config(), store, dataset=DATASET, resume=vanished)
-    assert store.client.get_run(vanished.info.id).info.status == "RUNNING"
-    end_orphans(store)
-    assert store.client.get_run(vanished.info.id).info.status == "KILLED"
+        Tracker.start(config(), its_store, dataset=DATASET, resume=vanished)
+    assert its_store.client.get_run(vanished.info.id).info.status == "RUNNING"
+    end_orphans(its_store)
+    assert its_store.client.get_run(vanished.info.id).info.status == "KILLED"

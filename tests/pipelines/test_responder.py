@@ -72,6 +72,18 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path / "home"))
 
 
+@pytest.fixture(scope="module")
+def going_back(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs that would go back and leave samples out: one without a spike, and one that has done so."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEADYMOE_HOME", str(folder / "home"))
+        assert run_loop(0, 1, folder / "clean", REWIND) == Ending("finished", STEPS)
+        spoil(patch, BAD_STEP)
+        assert run_loop(0, 1, folder / "recovered", REWIND) == Ending("finished", STEPS)
+    return folder / "clean", folder / "recovered"
+
+
 def events_of(run: Path) -> list[SpikeEvent]:
     return read_events(RunFolder(run).events)
 
@@ -108,24 +120,21 @@ REWIND = (*SETTINGS, "response.rungs=[rewind_skip_samples]")
 
 
 def test_after_going_back_the_bad_samples_are_left_out_and_all_else_is_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    going_back: tuple[Path, Path],
 ) -> None:
-    run_loop(0, 1, tmp_path / "clean", REWIND)
-    spoil(monkeypatch, BAD_STEP)
-    assert run_loop(0, 1, tmp_path / "run", REWIND) == Ending("finished", STEPS)
-    (event,) = events_of(tmp_path / "run")
+    (event,) = events_of(going_back[1])
     assert (event.action, event.rewound_to) == ("rewind_skip_samples", 40)
     assert event.outcome is not None
     assert (event.outcome.state, event.outcome.steps_lost) == ("recovered", 5)
-    clean, recovered = losses_of(tmp_path / "clean"), losses_of(tmp_path / "run")
+    clean, recovered = map(losses_of, going_back)
     before = [step for step in clean if step < BAD_STEP]
     assert [recovered[step] for step in before] == [clean[step] for step in before]  # the repeated ones, too
     assert recovered[BAD_STEP] != clean[BAD_STEP]
     assert abs(recovered[STEPS] - clean[STEPS]) < 0.2
-    history = History.read(RunFolder(tmp_path / "run").spool)
+    history = History.read(RunFolder(going_back[1]).spool)
     assert history.rewound["train/loss"].steps == [41, 42, 43, 44, 45]
     assert history.rewound["train/loss"].values[-1] == event.value
-    journal = Journal.read(RunFolder(tmp_path / "run").journal)
+    journal = Journal.read(RunFolder(going_back[1]).journal)
     assert journal.skipped_samples[0].samples == list(event.samples)
     assert journal.rewinds == [40]
 
@@ -270,9 +279,13 @@ def test_checkpoints_of_a_timeline_that_was_left_are_discarded(tmp_path: Path, m
     ids=["checkpoints", "none"],
 )
 def test_without_a_snapshot_that_is_old_enough_an_older_checkpoint_is_taken_if_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, target: int, where: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    going_back: tuple[Path, Path],
+    every: int,
+    target: int,
+    where: str,
 ) -> None:
-    run_loop(0, 1, tmp_path / "clean", REWIND)
     spoil(monkeypatch, BAD_STEP)
     # A spike that has crept up since step 30, which snapshots of two distances do not reach behind.
     monkeypatch.setattr(pipelines.responder, "is_conspicuous", lambda seen: seen.step >= 30)
@@ -281,7 +294,7 @@ def test_without_a_snapshot_that_is_old_enough_an_older_checkpoint_is_taken_if_t
     event = events_of(tmp_path / "run")[0]
     assert (event.onset, event.rewound_to) == (30, target)
     assert f"went back to step {target} ({where})" in event.detail
-    clean, recovered = losses_of(tmp_path / "clean"), losses_of(tmp_path / "run")
+    clean, recovered = losses_of(going_back[0]), losses_of(tmp_path / "run")
     first = max(30, target + 1)  # the first step that is repeated and whose samples are among those left out
     assert [recovered[step] for step in range(1, first)] == [clean[step] for step in range(1, first)]
     assert recovered[first] != clean[first]
@@ -311,13 +324,11 @@ def test_a_worker_that_is_killed_on_the_way_back_finds_no_checkpoint_of_what_it_
         assert History.read(RunFolder(run).spool).rewound["train/loss"].steps == [41, 42, 43, 44, 45]
 
 
-def test_all_ranks_go_back_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_go_back_alike(tmp_path: Path, going_back: tuple[Path, Path]) -> None:
     run_distributed(_run_spoiled, 2, str(tmp_path / "both"))
     (event,) = events_of(tmp_path / "both")
     assert (event.step, event.action, event.rewound_to) == (BAD_STEP, "rewind_skip_samples", 40)
-    spoil(monkeypatch, BAD_STEP)
-    run_loop(0, 1, tmp_path / "alone", REWIND)
-    alone, both = losses_of(tmp_path / "alone"), losses_of(tmp_path / "both")
+    alone, both = losses_of(going_back[1]), losses_of(tmp_path / "both")
     assert both.keys() == alone.keys()
     assert max(abs(both[step] - alone[step]) for step in alone) < 1e-4
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.cli import main
 from pipelines import tracking
 from pipelines.tracking import Tracker
 from pipelines.tracking_store import open_store
@@ -72,10 +73,14 @@ def test_no_secret_of_the_environment_reaches_log_params_tags_artifacts_or_files
 
 
 @pytest.mark.parametrize("user", [f"me:{PLANTED}", f"me:a@{PLANTED}", PLANTED])
-def test_a_password_in_the_config_is_refused_without_repeating_it(tmp_path: Path, user: str) -> None:
-    refused = run_steadymoe(tmp_path, "train", "micro", "--set", f"tracking.uri=https://{user}@host/mlflow", code=2)
-    assert refused.stderr.startswith("error: tracking.uri: holds a password, and the config is recorded")
-    assert PLANTED not in refused.stdout + refused.stderr
+def test_a_password_in_the_config_is_refused_without_repeating_it(
+    tmp_path: Path, user: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path))
+    assert main(["train", "micro", "--set", f"tracking.uri=https://{user}@host/mlflow"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: tracking.uri: holds a password, and the config is recorded")
+    assert PLANTED not in printed.out + printed.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,26 +1,50 @@
 """The training command as a user meets it: real Ray Train workers, a real MLflow database, a real exit code."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.home import HOME_VARIABLE
+from pipelines.tracking_store import URI_VARIABLE
 from tests.pipelines.driver import folders, run_steadymoe, sets
 from tests.pipelines.small_run import metrics_of
 
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path))
+CONSTANT = "schedule.decay.kind=constant"
+PAIR = ("parallel.workers=2", "parallel.expert_parallel=2", CONSTANT)
 
 
-def test_a_run_on_two_expert_parallel_workers_ends_finished_in_mlflow_with_all_its_figures(tmp_path: Path) -> None:
-    done = run_steadymoe(
-        tmp_path, "train", "micro", *sets("parallel.workers=2", "parallel.expert_parallel=2", "tracking.run_name=pair")
-    )
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A STEADYMOE_HOME for all runs."""
+    path = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(path))
+        patch.delenv(URI_VARIABLE, raising=False)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def pair(home: Path) -> CompletedProcess[str]:
+    """The command of the run ``pair``, on two expert-parallel workers."""
+    return run_steadymoe(home, "train", "micro", *sets(*PAIR, "tracking.run_name=pair"))
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path) -> dict[int, dict[str, float]]:
+    """The figures of the same run on one worker."""
+    run_steadymoe(home, "train", "micro", *sets(CONSTANT, "tracking.run_name=alone"))
+    return metrics_of(folders()["alone"].path)
+
+
+def test_a_run_on_two_expert_parallel_workers_ends_finished_in_mlflow_with_all_its_figures(
+    home: Path, pair: CompletedProcess[str]
+) -> None:
     folder = folders()["pair"]
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     run = client.get_run(folder.info.id)
     assert run.info.status == "FINISHED"
     assert run.data.params["parallel.expert_parallel"] == "2"
@@ -37,9 +61,9 @@ def test_a_run_on_two_expert_parallel_workers_ends_finished_in_mlflow_with_all_i
     artifacts = {artifact.path for artifact in client.list_artifacts(folder.info.id)}
     assert {"config.yaml", "environment.json", "figures"} <= artifacts
     # What the terminal shows: progress, the table, the way to the UI, and no framework's noise.
-    assert re.search(r"step 12/12 .*val \d", done.stdout)
-    assert f"/runs/{folder.info.id}" in done.stdout
-    noise = [line for line in (done.stdout + done.stderr).splitlines() if "ray::" in line or "pid=" in line]
+    assert re.search(r"step 12/12 .*val \d", pair.stdout)
+    assert f"/runs/{folder.info.id}" in pair.stdout
+    noise = [line for line in (pair.stdout + pair.stderr).splitlines() if "ray::" in line or "pid=" in line]
     assert noise == []
 
 
@@ -54,18 +78,14 @@ def test_more_workers_than_cpus_are_refused_with_the_arithmetic(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_one_seed_gives_equal_losses_twice_and_expert_parallelism_the_same_to_1e5(tmp_path: Path) -> None:
-    for name, settings in {
-        "first": ["parallel.workers=2", "parallel.expert_parallel=2"],
-        "again": ["parallel.workers=2", "parallel.expert_parallel=2"],
-        "replicas": ["parallel.workers=2"],
-        "alone": [],
-    }.items():
-        run_steadymoe(tmp_path, "train", "micro", *sets(*settings, "schedule.steps=20", f"tracking.run_name={name}"))
-    first, again, replicas, alone = (metrics_of(folders()[n].path) for n in ("first", "again", "replicas", "alone"))
+@pytest.mark.usefixtures("pair")
+def test_one_seed_gives_equal_losses_twice_and_expert_parallelism_the_same_to_1e5(
+    home: Path, alone: dict[int, dict[str, float]]
+) -> None:
+    run_steadymoe(home, "train", "micro", *sets(*PAIR, "tracking.run_name=again"))
+    first, again = (metrics_of(folders()[name].path) for name in ("pair", "again"))
     assert first == again
-    for other in (replicas, alone):
-        _assert_equal_while_routed_alike(other, first)
+    _assert_equal_while_routed_alike(alone, first)
 
 
 def _assert_equal_while_routed_alike(other: dict[int, dict[str, float]], one: dict[int, dict[str, float]]) -> None:
@@ -83,18 +103,16 @@ def _assert_equal_while_routed_alike(other: dict[int, dict[str, float]], one: di
 
 
 @pytest.mark.slow
-def test_a_resumed_command_continues_the_same_run_and_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    run_steadymoe(tmp_path, "train", "micro", *sets("schedule.decay.kind=constant", "tracking.run_name=whole"))
-    run_steadymoe(
-        tmp_path,
-        "train", "micro", *sets("schedule.decay.kind=constant", "schedule.steps=7", "tracking.run_name=parts")
-    )  # fmt: skip
-    run_steadymoe(tmp_path, "train", "--resume", "parts", "--set", "schedule.steps=12")
-    whole, parts = (folders()[name] for name in ("whole", "parts"))
-    losses = [{s: m["train/loss"] for s, m in metrics_of(folder.path).items()} for folder in (whole, parts)]
-    assert losses[0] == losses[1]
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_a_resumed_command_continues_the_same_run_and_equals_an_undisturbed_one(
+    home: Path, alone: dict[int, dict[str, float]]
+) -> None:
+    run_steadymoe(home, "train", "micro", *sets(CONSTANT, "schedule.steps=7", "tracking.run_name=parts"))
+    run_steadymoe(home, "train", "--resume", "parts", "--set", "schedule.steps=12")
+    parts = folders()["parts"]
+    whole, resumed = ({s: m["train/loss"] for s, m in ms.items()} for ms in (alone, metrics_of(parts.path)))
+    assert resumed == whole
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     assert client.get_run(parts.info.id).info.status == "FINISHED"
     assert len(client.get_metric_history(parts.info.id, "train/loss")) == 12
-    refused = run_steadymoe(tmp_path, "train", "--resume", "parts", "--set", "optimizer.lr=1", code=2)
+    refused = run_steadymoe(home, "train", "--resume", "parts", "--set", "optimizer.lr=1", code=2)
     assert "optimizer.lr" in refused.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from infra.cli import main
 from tests.pipelines.driver import folders, run_steadymoe, sets
 from tests.pipelines.small_run import metrics_of
 
@@ -49,9 +50,17 @@ def test_weights_go_out_of_one_run_and_into_another(tmp_path: Path, monkeypatch:
         (["export", "latest", "--to", "{}/out", "--dtype", "fp8"], "error: --dtype fp8: should be 'fp32' or 'bf16'"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], line: str, tmp_path: Path) -> None:
-    done = run_steadymoe(tmp_path / "home", *(argument.format(tmp_path) for argument in arguments), code=2)
-    assert done.stdout == ""
-    assert done.stderr.startswith(line.format(tmp_path))
-    assert done.stderr.count("\n") == 1
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("STEADYMOE_HOME", str(tmp_path / "home"))
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(line.format(tmp_path))
+    assert printed.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.run_lock import is_written_to
 from tests.distributed import run_distributed
-from tests.tuning.jobs import ABSURD, OTHER, PAIR, by_the_loop, losses_in_series, recorded, rounded, trial_job
+from tests.tuning.jobs import ABSURD, OTHER, PAIR, Recorded, by_the_loop, losses_in_series, recorded, rounded, trial_job
 from tuning.outcome import measure_trial
 from tuning.recording import read_series
 from tuning.trial_rank import Progress, TrialJob, TrialRank, reset_process
@@ -33,6 +33,15 @@ def _process() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """What the plain loop records of a trial's config."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEADYMOE_HOME", str(folder / "home"))
+        return by_the_loop(folder / "run")
+
+
 def _run(rank: TrialRank, job: TrialJob) -> Ending:
     """A trial from its first step to its end, as Tune has it run: some steps at a time."""
     rank.begin(job)
@@ -41,11 +50,13 @@ def _run(rank: TrialRank, job: TrialJob) -> Ending:
     return progress.ending
 
 
-def test_a_trial_is_the_run_that_the_loop_makes_of_its_config_whatever_ran_before_it(tmp_path: Path) -> None:
+def test_a_trial_is_the_run_that_the_loop_makes_of_its_config_whatever_ran_before_it(
+    tmp_path: Path, alone: Recorded
+) -> None:
     rank = TrialRank(0)
     for name, settings in {"a": (), "b": OTHER, "again": ()}.items():
         assert _run(rank, trial_job(tmp_path / name, *settings)) == Ending("finished", 12)
-    assert recorded(tmp_path / "a") == by_the_loop(tmp_path / "alone")
+    assert recorded(tmp_path / "a") == alone
     assert recorded(tmp_path / "again") == recorded(tmp_path / "a")
     assert recorded(tmp_path / "b") == by_the_loop(tmp_path / "b-alone", *OTHER)
     assert recorded(tmp_path / "b")["train"][1] != recorded(tmp_path / "a")["train"][1]
@@ -92,7 +103,7 @@ def _run_all(rank: int, world: int, jobs: list[TrialJob]) -> list[Ending]:
     return [_run(trial_rank, job) for job in jobs]
 
 
-def test_a_trial_that_is_left_midway_frees_its_folder_and_can_be_begun_again(tmp_path: Path) -> None:
+def test_a_trial_that_is_left_midway_frees_its_folder_and_can_be_begun_again(tmp_path: Path, alone: Recorded) -> None:
     left, other = trial_job(tmp_path / "left"), trial_job(tmp_path / "other", *OTHER)
     rank = TrialRank(0)
     rank.begin(left)
@@ -105,7 +116,7 @@ def test_a_trial_that_is_left_midway_frees_its_folder_and_can_be_begun_again(tmp
     rank.begin(other)
     assert not is_written_to(RunFolder(tmp_path / "left"))
     assert _run(TrialRank(0), left) == Ending("finished", 12)
-    assert recorded(tmp_path / "left") == by_the_loop(tmp_path / "alone")
+    assert recorded(tmp_path / "left") == alone
 
 
 def test_a_trial_that_goes_on_from_a_checkpoint_has_the_series_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -131,17 +142,17 @@ def test_a_trial_killed_between_its_end_and_its_word_of_it_has_its_series_all_th
     assert read_series(RunFolder(tmp_path / "ended")) == first
 
 
-def test_a_start_that_cannot_be_trained_ends_as_refused_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_start_that_cannot_be_trained_ends_as_refused_and_harms_nobody(tmp_path: Path, alone: Recorded) -> None:
     rank = TrialRank(0)
     ending = _run(rank, trial_job(tmp_path / "refused", "model.init.std=1.0e+30"))
     assert (ending.outcome, ending.step) == ("refused", 0)
     assert "before the first step" in (ending.reason or "")
     assert not is_written_to(RunFolder(tmp_path / "refused"))
     _run(rank, trial_job(tmp_path / "next"))
-    assert recorded(tmp_path / "next") == by_the_loop(tmp_path / "alone")
+    assert recorded(tmp_path / "next") == alone
 
 
-def test_a_trial_that_diverges_ends_there_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_trial_that_diverges_ends_there_and_harms_nobody(tmp_path: Path, alone: Recorded) -> None:
     rank = TrialRank(0)
     ending = _run(rank, trial_job(tmp_path / "absurd", *ABSURD))
     assert ending.outcome == "diverged"
@@ -149,7 +160,7 @@ def test_a_trial_that_diverges_ends_there_and_harms_nobody(tmp_path: Path) -> No
     series = read_series(RunFolder(tmp_path / "absurd"))
     assert (series.outcome, series.steps, len(series.train["train/loss"])) == ("diverged", 12, ending.step)
     _run(rank, trial_job(tmp_path / "next"))
-    assert recorded(tmp_path / "next") == by_the_loop(tmp_path / "alone")
+    assert recorded(tmp_path / "next") == alone
 
 
 def test_modes_of_the_process_that_somebody_left_behind_are_put_back(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.moe.divisions import (
     Run,
     Tolerance,
     assert_same_training,
-    by_division,
+    by_corner,
     reference,
     refused,
     resumed,
@@ -42,7 +42,7 @@ def one_process() -> dict[str, Run]:
     return reference(CASES)
 
 
-@by_division
+@by_corner
 def test_two_ranks_update_as_one_process_does(division: str) -> None:
     assert_same_training(runs_of(CASES, division), one_process(), TOLERANCES)
 

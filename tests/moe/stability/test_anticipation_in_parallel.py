@@ -17,6 +17,7 @@ from tests.moe.divisions import (
     Cases,
     Run,
     assert_same_training,
+    by_corner,
     reference,
     resumed,
     runs_of,
@@ -60,9 +61,7 @@ def test_the_reference_trains_on_choices_that_today_would_be_others(alone: dict[
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "division", ["ep2-sharded", *(pytest.param(name, marks=SLOW) for name in ("replicas", "ep2", "sharded"))]
-)
+@by_corner
 def test_ranks_train_what_one_process_trains(alone: dict[str, Run], division: str) -> None:
     """The queue among it: ids of every token, in the order of the global batch."""
     runs = runs_of(CASES, division)
@@ -97,9 +96,8 @@ def test_bytes_on_the_wire_are_those_of_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("division", ["ep2", "ep2-sharded"])
-def test_the_state_continues_bit_for_bit(division: str) -> None:
-    for broken in run_distributed(resumed, 2, CASES, DIVISIONS[division], (1, 2, 4), timeout_s=240):
+def test_the_state_continues_bit_for_bit() -> None:
+    for broken in run_distributed(resumed, 2, CASES, DIVISIONS["ep2-sharded"], (1, 2, 4), timeout_s=240):
         assert broken == []
 
 
@@ -124,19 +122,17 @@ def take_up(rank: int, world: int, changes: list[Any], parallel: dict[str, Any],
     return whole_state(trainer), [trainer.step().metrics for _ in range(3)], weights(trainer)
 
 
+ONE, PAIR, SHARDED = (1, "replicas"), (2, "ep2"), (2, "ep2-sharded")
+
+
 @pytest.mark.parametrize(
-    ("changes", "after"),
+    ("changes", "after", "before", "later"),
     [
-        pytest.param([ALWAYS], 1, marks=SLOW),
-        pytest.param([TRIGGERED], 3, marks=SLOW),
-        ([ALWAYS, STAGES], 2),
-    ],
-)
-@pytest.mark.parametrize(
-    ("before", "later"),
-    [
-        pytest.param((1, "replicas"), (2, "ep2-sharded"), id="to 2"),
-        pytest.param((2, "ep2"), (1, "replicas"), id="to 1", marks=SLOW),
+        pytest.param([ALWAYS], 1, ONE, SHARDED, id="ramp to 2", marks=SLOW),
+        pytest.param([TRIGGERED], 3, ONE, SHARDED, id="triggered to 2", marks=SLOW),
+        pytest.param([ALWAYS, STAGES], 2, ONE, SHARDED, id="stages to 2"),
+        pytest.param([TRIGGERED], 3, PAIR, ONE, id="triggered to 1", marks=SLOW),
+        pytest.param([ALWAYS, STAGES], 2, PAIR, ONE, id="stages to 1", marks=SLOW),
     ],
 )
 def test_another_division_takes_the_queue_up_in_ramp_steady_state_triggered_period_and_stages(

@@ -19,7 +19,7 @@ from tests.moe.divisions import (
     Cases,
     Run,
     assert_same_training,
-    by_division,
+    by_corner,
     reference,
     refused,
     resumed,
@@ -215,7 +215,7 @@ def test_the_cases_clip_some_heads_and_not_all() -> None:
         assert any(0 < count < heads for count in clipped), (name, clipped)
 
 
-@by_division
+@by_corner
 def test_two_ranks_clip_as_one_process_does(division: str) -> None:
     assert_same_training(runs_of(CASES, division), one_process(), {})
 

@@ -1,4 +1,4 @@
-"""Faults of operations, and the events of those who notice them. Without Ray, which test_rehearsal has."""
+"""Faults of operations, and the events of those who notice them. Without Ray, which test_kills has."""
 
 import errno
 import multiprocessing
