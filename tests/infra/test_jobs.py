@@ -1,5 +1,6 @@
 """`steadymoe submit` and Ray's own client on a real head: output, exit codes, stopping, what a job leaves behind."""
 
+import functools
 import json
 import os
 import pty
@@ -27,9 +28,10 @@ from tests.pipelines.small_run import PACKAGES, SETTINGS, STDLIB
 pytestmark = pytest.mark.slow
 
 SHORT = [word for s in (*SETTINGS, "schedule.steps=3", "schedule.warmup_steps=1") for word in ("--set", s)]
-# About 20 s each on two cores, of which 13 s are the start of Ray Train; several times that on busy ones.
-JOBS_IN_A_ROW = 6
-JOBS_IN_A_ROW_S = 1800
+# After all the jobs that other tests have run on the same head. About 20 s each on two cores, of which 13 s are the
+# start of Ray Train; several times that on busy ones.
+JOBS_IN_A_ROW = 2
+JOBS_IN_A_ROW_S = 1200
 
 
 def runs_of(cluster: LocalCluster, job_id: str) -> list[Run]:
@@ -46,11 +48,17 @@ def job_in(output: str) -> str:
     return found.group()
 
 
+@functools.cache
+def exports_at(home: Path) -> dict[str, str]:
+    """What `up --exports` gives; here it is the same for as long as a head runs."""
+    return LocalCluster(home).exports()
+
+
 def ray_job(cluster: LocalCluster, *words: str) -> str:
     """Run ``ray job WORDS`` with nothing but what `up --exports` gives."""
     program = (sys.executable, "-m", "ray.scripts.scripts", "job", *words)
     done = subprocess.run(
-        program, env=cluster.exports(), cwd=PROJECT, capture_output=True, text=True, check=False, timeout=200
+        program, env=exports_at(cluster.home), cwd=PROJECT, capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -123,14 +131,14 @@ SAVES = """
 import signal, sys, time
 def save(*_):
     print("told to stop", flush=True)
-    time.sleep(5)
+    time.sleep(4)
     print("saved\\nsteadymoe: exit code 130", flush=True)
     sys.exit(130)
 signal.signal(signal.SIGTERM, save)
 print("working", flush=True)
 time.sleep(600)
 """
-SAVES_FOR_EVER = SAVES.replace("sleep(5)", "sleep(600)")
+SAVES_FOR_EVER = SAVES.replace("sleep(4)", "sleep(600)")
 
 
 @pytest.mark.parametrize(
@@ -245,11 +253,11 @@ def relay(port: int) -> Iterator[tuple[int, list[socket.socket]]]:
 
 
 def test_a_dropped_connection_loses_and_repeats_no_line(cluster: LocalCluster) -> None:
-    script = "import time, sys\nfor n in range(24):\n    print('line', n, flush=True)\n    time.sleep(.5)\nsys.exit(3)"
+    script = "import time, sys\nfor n in range(24):\n    print('line', n, flush=True)\n    time.sleep(.3)\nsys.exit(3)"
     job_id = start_script(cluster, script)
     with relay(cluster.head.port) as (port, connections):
         command = [*PROGRAM, "submit", "--address", f"http://127.0.0.1:{port}", "--watch", job_id]
-        environment = {**cluster.exports(), "PYTHONPATH": str(PROJECT)}
+        environment = {**exports_at(cluster.home), "PYTHONPATH": str(PROJECT)}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as watching:
             assert watching.stdout is not None
             lines, cuts = [], 0
@@ -299,7 +307,7 @@ def left_behind(cluster: LocalCluster) -> dict[str, list[str]]:
     )
     done = subprocess.run(
         [sys.executable, "-c", script, cluster.head.address],
-        env=cluster.exports(), capture_output=True, text=True, check=True, timeout=60,
+        env=exports_at(cluster.home), capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     actors, groups = json.loads(done.stdout.splitlines()[-1])
     return {

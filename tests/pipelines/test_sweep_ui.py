@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -64,13 +63,20 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
             server.kill()
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
-    page = Page(tmp_path / "profile")
-    # Charts are made as they come into sight: here all of the view's are.
-    page.browser.set_window_size(1400, 5600)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    page = Page(tmp_path_factory.mktemp("profile"))
     yield page
     page.browser.quit()
+
+
+@pytest.fixture
+def page(browser: Page) -> Page:
+    """A browser as it is before its first page."""
+    browser.forget()
+    # Charts are made as they come into sight: here all of the view's are.
+    browser.browser.set_window_size(1400, 5600)
+    return browser
 
 
 def test_one_link_opens_the_ready_comparison(sweep: Sweep, page: Page) -> None:

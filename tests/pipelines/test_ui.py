@@ -4,7 +4,6 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -90,11 +89,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             server.kill()
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
-    page = Page(tmp_path / "profile")
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    page = Page(tmp_path_factory.mktemp("profile"))
     yield page
     page.browser.quit()
+
+
+@pytest.fixture
+def page(browser: Page) -> Page:
+    """A browser as it is before its first page."""
+    browser.forget()
+    return browser
 
 
 def _recorded(folder: RunFolder, kind: str, metric: str) -> tuple[list[int], list[float]]:
