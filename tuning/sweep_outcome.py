@@ -53,6 +53,7 @@ class SweepOutcome:
         lines = [f"# {config.title}", "", " ".join(config.question.split()), ""]
         lines += ["| " + " | ".join(self._columns()) + " |", "|" + " --- |" * len(self._columns())]
         lines += ["| " + " | ".join(row) + " |" for row in self._rows()]
+        lines += ["", "Losses in nats per token: the mean over seeds ± the standard deviation between them."]
         return "\n".join(lines) + "\n"
 
     def _columns(self) -> list[str]:
