@@ -41,6 +41,15 @@ def own(tmp_path: Path) -> Iterator[LocalCluster]:
     found.run("down")
 
 
+@pytest.fixture(scope="module")
+def second(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A cluster of another home beside the first one, which tests may harm and take down."""
+    found = LocalCluster(tmp_path_factory.mktemp("second"))
+    found.up()
+    yield found
+    found.run("down")
+
+
 def test_up_status_and_down_leave_nothing(own: LocalCluster) -> None:
     assert "Nothing runs" in own.run("status").stdout
     first = own.run("up", "--dashboard-port", "0", "--mlflow-port", "0")
@@ -105,26 +114,44 @@ def test_the_token_is_asked_for_and_told_to_nobody(cluster: LocalCluster) -> Non
     assert [text for text in shown if token in text] == []
 
 
-def test_what_died_is_started_again_beside_another_home(cluster: LocalCluster, own: LocalCluster) -> None:
-    own.up()
-    head, server = own.head, own.server
+def test_what_died_is_started_again_beside_another_home(cluster: LocalCluster, second: LocalCluster) -> None:
+    head, server = second.head, second.server
     assert len({head.port, server.port, cluster.head.port, cluster.server.port}) == 4
     psutil.Process(server.pid).kill()
-    assert "MLflow  has ended by itself" in own.run("status").stdout
-    assert "Ray head runs already" in own.run("up").stdout
-    assert own.head == head
-    assert (own.server.port, own.server.pid != server.pid) == (server.port, True)
+    assert "MLflow  has ended by itself" in second.run("status").stdout
+    assert "Ray head runs already" in second.run("up").stdout
+    assert second.head == head
+    assert (second.server.port, second.server.pid != server.pid) == (server.port, True)
 
     # Not even asked: the head's own children end with it, and its successor clears up the rest.
     psutil.Process(head.pid).kill()
-    server = own.server
-    assert "MLflow server runs already" in own.run("up").stdout
-    assert own.server == server
-    assert (own.head.port, own.head.pid != head.pid) == (head.port, True)
+    server = second.server
+    assert "MLflow server runs already" in second.run("up").stdout
+    assert second.server == server
+    assert (second.head.port, second.head.pid != head.pid) == (head.port, True)
     assert marked(head.mark) == []
     assert not Path(head.temp_dir).exists()
 
-    own.run("down")
+
+DRIVER = "import time, ray; ray.init(log_to_driver=False); print('connected', flush=True); time.sleep(600)"
+
+
+def test_down_refuses_while_a_driver_that_is_no_job_works_on_the_head_and_leaves_other_homes_alone(
+    cluster: LocalCluster, second: LocalCluster
+) -> None:
+    program = [sys.executable, "-c", DRIVER]
+    with subprocess.Popen(program, env=second.exports(), stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == "connected\n"
+            assert re.search(rf"^  process {driver.pid} .*ray\.init", second.run("status").stdout, re.MULTILINE)
+            refused = second.run("down", code=2)
+            assert re.fullmatch(rf"error: down would end .*: {driver.pid} \(.*\)\n", refused.stderr)
+            assert second.head.alive
+            assert second.server.alive
+        finally:
+            driver.kill()
+    assert "Ray head has ended" in second.run("down").stdout
     for service in (cluster.head, cluster.server):
         assert service.alive
 
@@ -193,26 +220,6 @@ def test_a_run_without_a_cluster_listens_on_loopback_alone_and_joins_no_other(
 def ask(cluster: LocalCluster, path: str) -> bytes:
     token = (cluster.home / "cluster" / "token").read_text()
     return fetch(cluster.head.address + path, Authorization=f"Bearer {token}")
-
-
-DRIVER = "import time, ray; ray.init(log_to_driver=False); print('connected', flush=True); time.sleep(600)"
-
-
-def test_down_refuses_while_a_driver_that_is_no_job_works_on_the_head(own: LocalCluster) -> None:
-    own.up()
-    program = [sys.executable, "-c", DRIVER]
-    with subprocess.Popen(program, env=own.exports(), stdout=subprocess.PIPE, text=True) as driver:
-        try:
-            assert driver.stdout is not None
-            assert driver.stdout.readline() == "connected\n"
-            assert re.search(rf"^  process {driver.pid} .*ray\.init", own.run("status").stdout, re.MULTILINE)
-            refused = own.run("down", code=2)
-            assert re.fullmatch(rf"error: down would end .*: {driver.pid} \(.*\)\n", refused.stderr)
-            assert own.head.alive
-            assert own.server.alive
-        finally:
-            driver.kill()
-    assert "Ray head has ended" in own.run("down").stdout
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(own: LocalCluster, tmp_path: Path) -> None:
