@@ -13,7 +13,7 @@ from tests.pipelines.small_run import metrics_of
 
 pytestmark = pytest.mark.slow
 
-STEPS = 1500
+STEPS = 900
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_server_dead_for_a_third_of_a_run_costs_training_nothing(home: Path, s
     settings = sets(
         f"schedule.steps={STEPS}",
         "data.global_batch_size=32",
-        "validation.every_steps=500",
+        "validation.every_steps=450",
         f"tracking.uri={server.uri}",
     )
     with Driver(home, "train", "micro", *settings, "--set", "tracking.run_name=run") as driver:

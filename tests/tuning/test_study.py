@@ -13,6 +13,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from infra.cli import main
 from pipelines.home import runs_dir
 from pipelines.run_folder import RunFolder, study_folders
 from pipelines.run_lock import is_written_to
@@ -23,8 +24,9 @@ from tuning.results import TrialKey
 from tuning.series import Series
 from tuning.study_run import find_study, read_trials
 
+STEPS = 120
 SETTINGS = sets(
-    "schedule.steps=200", "validation.every_steps=200", "checkpoint.every_steps=0", "checkpoint.at_end=false"
+    f"schedule.steps={STEPS}", f"validation.every_steps={STEPS}", "checkpoint.every_steps=0", "checkpoint.at_end=false"
 )
 KEYS = {TrialKey(seed, arm) for seed in (0, 1) for arm in ("slow", "fast")}
 STUDY = {
@@ -125,7 +127,7 @@ def test_a_study_is_whole_in_mlflow_and_in_its_findings(home: Path, whole: RunFo
     for trial in trials:
         assert (trial.info.status, trial.data.tags["role"], trial.data.tags["study"]) == ("FINISHED", "study", "tiny-1")
         assert trial.data.params["optimizer.lr"] == ("0.0001" if trial.data.tags["arm"] == "slow" else "0.003")
-        assert [p.step for p in client.get_metric_history(trial.info.run_id, "train/loss")] == list(range(1, 201))
+        assert [p.step for p in client.get_metric_history(trial.info.run_id, "train/loss")] == list(range(1, STEPS + 1))
         assert trial.data.metrics["study/val_loss"] == pytest.approx(trial.data.metrics["val/loss"], rel=1e-5)
     table = json.loads((whole.figures / "results.json").read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
@@ -221,10 +223,12 @@ def test_a_study_whose_tracking_server_dies_has_all_its_results(home: Path, whol
         (("wrong.yaml",), "claims.0.conditions.0.left.arm: 'none' is none of the arms slow, fast"),
     ],
 )
-def test_wrong_input_is_answered_by_one_line(home: Path, words: tuple[str, ...], message: str) -> None:
+def test_wrong_input_is_answered_by_one_line(
+    home: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = yaml.safe_dump(STUDY, sort_keys=False).replace("arm: fast", "arm: none")
     (home / "wrong.yaml").write_text(wrong)
     given = [str(home / word) if word.endswith(".yaml") else word for word in words]
-    done = run_steadymoe(home, "study", *given, code=2)
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert main(["study", *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -133,7 +133,8 @@ def test_a_sweep_prunes_confirms_and_writes_a_config_that_can_be_trained(home: P
 
 @pytest.mark.slow
 def test_a_sweep_whose_driver_is_killed_twice_ends_with_the_same_trials(home: Path) -> None:
-    plain = {"scheduler": {"kind": "none"}, "confirm": None}
+    six = {**SWEEP["space"], "optimizer.lr": {"kind": "grid", "values": [1e-4, 1e-3, 5e-3]}}
+    plain = {"space": six, "scheduler": {"kind": "none"}, "confirm": None}
     run_steadymoe(home, "sweep", write(home, "undisturbed", **plain), *SETTINGS)
     client, file = client_of(home), write(home, "killed", **plain)
     for attempt, words in enumerate((("sweep", file, *SETTINGS), ("sweep", "--resume", "killed-1"))):
@@ -180,10 +181,7 @@ def at_work(sweep: RunFolder) -> list[RunFolder]:
 
 @pytest.mark.slow
 def test_a_sweep_of_trials_with_two_workers_ends_a_diverging_one_early_and_ranks_it_last(home: Path) -> None:
-    space = {
-        "optimizer.lr": {"kind": "grid", "values": [1e-3, 1e3]},
-        "optimizer.weight_decay": {"kind": "grid", "values": [0.0, 0.1]},
-    }
+    space = {"optimizer.lr": {"kind": "grid", "values": [1e-3, 1e3, 3e-3]}}
     file = write(home, "pairs", space=space, scheduler={"kind": "none"}, confirm=None)
     done = run_steadymoe(home, "sweep", file, *sets(*PLAIN, "parallel.workers=2", "parallel.expert_parallel=2"))
     sweep = find_sweep("pairs-1")
@@ -197,7 +195,7 @@ def test_a_sweep_of_trials_with_two_workers_ends_a_diverging_one_early_and_ranks
     check_tree(client_of(home), sweep)
     table = (sweep.figures / "ranking.md").read_text().splitlines()
     outcomes = [line.split("|")[2].strip() for line in table if line.startswith("| lr=")]
-    assert outcomes == ["finished", "finished", "diverged", "diverged"]
+    assert outcomes == ["finished", "finished", "diverged"]
     runs = {run.info.run_name: run for run in trials_of(client_of(home), sweep)}
     assert all(
         runs[t.begun.name].data.tags["diverged"] == "true" for t in trials if t.ended and t.ended.outcome == "diverged"
