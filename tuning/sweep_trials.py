@@ -121,7 +121,7 @@ class SweepTrials(TrialSource):
         """Ask the trials that run to save and to stop where they are, and begin no other."""
         self._saving = True
         for tracked in list(self._tracked.values()):
-            tracked.folder.stop.touch()
+            _ask_to_stop(tracked.folder)
 
     def _only_seed(self, seed: int) -> bool:
         return self._plan.config.seeds == 1 and seed == self._plan.first_seed
@@ -140,6 +140,9 @@ class SweepTrials(TrialSource):
         """A trial has done so many steps."""
         if name in self._tracked:
             self._steps[name] = step
+            if self._saving:
+                # It may have been handed out in the moment when all were asked.
+                _ask_to_stop(self._tracked[name].folder)
 
     def at_rung(self, rung: Rung) -> None:
         """The scheduler has said whether a trial goes on."""
@@ -272,6 +275,11 @@ class SweepTrials(TrialSource):
             "configuration": self._plan.label(begun.values),
             "mlflow.runColor": run_colour(begun.number),
         }
+
+
+def _ask_to_stop(folder: RunFolder) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.stop.touch()
 
 
 def _measures(folder: RunFolder, config: RunConfig) -> dict[str, float]:

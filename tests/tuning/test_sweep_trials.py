@@ -140,6 +140,21 @@ def test_a_nested_trial_that_was_asked_to_stop_saves_and_goes_on_from_there(
     assert in_mlflow(store, run)[name].info.status == "FINISHED"
 
 
+def test_a_trial_that_was_handed_out_as_all_were_asked_to_stop_is_asked_when_it_is_seen(
+    tmp_path: Path, store: TrackingStore
+) -> None:
+    with begun(plan(tmp_path, nested=True), store) as (_, trials):
+        first = trials.next()
+        trials.save_and_stop()
+        assert isinstance(first, tuple)
+        name, job = first
+        stop = RunFolder(Path(job["run_folder"])).stop
+        assert stop.exists()  # although the run has no folder of its own yet
+        stop.unlink()
+        trials.advanced(name, 0)
+        assert stop.exists()
+
+
 def test_what_a_driver_was_killed_before_it_could_tell_is_told_when_the_sweep_goes_on(
     tmp_path: Path, store: TrackingStore
 ) -> None:
