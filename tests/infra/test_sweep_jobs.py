@@ -16,12 +16,13 @@ from tests.pipelines.small_run import SETTINGS
 
 pytestmark = pytest.mark.slow
 
-TRIALS = 4
+# So many, and so long, that some are left when the first has ended and the driver has heard that it is to stop.
+TRIALS, STEPS = 6, 400
 SWEEP = {
     "title": "Rates",
     "question": "Which rate?",
     "base": ["micro"],
-    "config": {"schedule": {"steps": 60, "warmup_steps": 2}},
+    "config": {"schedule": {"steps": STEPS, "warmup_steps": 2}},
     "settings": [setting for setting in SETTINGS if not setting.startswith(("schedule", "checkpoint"))],
     "space": {"optimizer.lr": {"kind": "log_uniform", "low": 1e-3, "high": 1e-2}},
     "searcher": {"kind": "random"},
@@ -73,7 +74,7 @@ def test_a_sweep_that_is_stopped_as_a_job_goes_on_as_another_and_runs_no_finishe
     assert {name: whole[name].info.end_time for name in ends} == ends
     for run in whole.values():
         points = client.get_metric_history(run.info.run_id, "train/loss")
-        assert Counter(point.step for point in points) == Counter(range(1, 61))
+        assert Counter(point.step for point in points) == Counter(range(1, STEPS + 1))
     # Where the user is told to look.
     told = [Path(path) for path in re.findall(rf"{re.escape(str(cluster.home))}\S+\.(?:yaml|html)", done.stdout)]
     assert {path.name for path in told if path.is_file()} == {"best.yaml", "compare.html"}

@@ -24,7 +24,7 @@ from tuning.results import TrialKey
 from tuning.series import Series
 from tuning.study_run import find_study, read_trials
 
-STEPS = 120
+STEPS = 200
 SETTINGS = sets(
     f"schedule.steps={STEPS}", f"validation.every_steps={STEPS}", "checkpoint.every_steps=0", "checkpoint.at_end=false"
 )

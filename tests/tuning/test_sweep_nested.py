@@ -16,7 +16,8 @@ from tests.pipelines.mlflow_server import wait_until
 from tests.tuning.test_sweep import check_tree, client_of, journal_of, names, trials_of, write
 
 STEPS, KILLED_AT = 240, 70
-SPACE = {"optimizer.lr": {"kind": "grid", "values": [1e-4, 1e-3, 1e-2]}}
+# In the order in which they are tried the first is the best: the others are pruned.
+SPACE = {"optimizer.lr": {"kind": "grid", "values": [1e-2, 1e-4, 1e-3]}}
 ASHA = {"kind": "asha", "first_rung": 30, "reduction": 2}
 SETTINGS = sets(
     f"schedule.steps={STEPS}",
@@ -68,6 +69,7 @@ def test_nested_trials_survive_a_killed_worker_and_an_interrupt_and_end_as_plain
     assert (first.checkpoints / step_name(before)).exists()
     run_steadymoe(home, "sweep", "--resume", "nested-1")
     assert endings(sweep) == endings(find_sweep("plain-1"))
+    assert [outcome for outcome, _, _ in endings(sweep).values()] == ["finished", "pruned", "pruned"]
     check_tree(client, sweep)
     notes = [note.text for note in read_notes(first.notes)]
     # Once by Ray Train, under the same trial; once by the user's resume.
