@@ -20,12 +20,14 @@ from pipelines.ray_session import set_defaults
 from pipelines.run_folder import RunFolder
 from pipelines.spool import TRAIN, VALIDATION, Record, SpoolReader
 from tuning.nested_worker import NestedJob, train_trial
-from tuning.rung_gate import open_gate
+from tuning.rung_gate import close_gate, forget_gate, open_gate
 from tuning.trial import JOB, trial_result
 from tuning.trial_rank import Progress, TrialJob
 
 # How long the actor is out of reach, and how late it sees a rung.
 _POLL_S = 0.25
+# How long workers may take to end in order.
+_END_S = 60.0
 
 
 def resources() -> tune.PlacementGroupFactory:
@@ -37,10 +39,7 @@ def resources() -> tune.PlacementGroupFactory:
 
 
 class NestedTrial(tune.Trainable):  # type: ignore[misc]
-    """Runs one trial's workers, and follows them by the run's spool.
-
-    The workers end with this actor's process: Ray ends whatever an actor has started.
-    """
+    """Runs one trial's workers, and follows them by the run's spool."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Start the workers."""
@@ -53,6 +52,7 @@ class NestedTrial(tune.Trainable):  # type: ignore[misc]
         self._stands_at: int | None = None
         self._training: Future[Ending] = Future()
         set_defaults()
+        forget_gate(self._folder)
         threading.Thread(target=self._run, args=(job,), name="training", daemon=True).start()
 
     def _run(self, job: TrialJob) -> None:
@@ -79,8 +79,19 @@ class NestedTrial(tune.Trainable):  # type: ignore[misc]
             return trial_result(Progress(self._stands_at, rung_loss=loss))
         if over:
             ending = self._training.result()
-            return trial_result(Progress(ending.step, ending))
+            # Of a trial whose workers failed for good the ending knows no step.
+            return trial_result(Progress(max(ending.step, self._step), ending))
         return trial_result(Progress(self._step))
+
+    def cleanup(self) -> None:
+        """End the workers in order, at their rung or at the next step: they outlive this actor, and hold their CPUs."""
+        if self._training.done():
+            return
+        if self._stands_at is not None:
+            close_gate(self._folder, self._stands_at)
+        else:
+            self._folder.stop.touch()
+        wait([self._training], timeout=_END_S)
 
     def _see(self, record: Record) -> None:
         if record.kind == TRAIN:

@@ -40,5 +40,6 @@ def _train(trial: TrialJob, folder: RunFolder) -> Ending:
         progress = rank.advance(steps=1)
         if progress.ending is not None:
             return progress.ending
-        if progress.rung_loss is not None:
-            wait_at_gate(folder, progress.step)
+        if progress.rung_loss is not None and not wait_at_gate(folder, progress.step):
+            rank.close()
+            return Ending("stopped", progress.step, f"ended at the rung of step {progress.step}")

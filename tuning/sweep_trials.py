@@ -171,6 +171,8 @@ class SweepTrials(TrialSource):
                 self._over(name, outcome, ending.reason)
             case "stopped":
                 self._steps.pop(name, None)  # `save_and_stop`: it is not over
+            case "failed":
+                self._fail(name, RuntimeError(f"trial {name} failed: {ending.reason}"))
             case _:
                 self._fail(name, UserError(f"trial {name}: {ending.reason}"))
 
