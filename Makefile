@@ -39,10 +39,10 @@ $(STAMP):
 train: install  ## install if needed, then train the preset tiny
 	@$(BIN)/steadymoe train
 
-test: install  ## install if needed, then everything that a newcomer should run (under 8 minutes on 2 cores)
+test: install  ## install if needed, then everything that a newcomer should run (some eight minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-slow: install  ## the long tests: whole runs, kills, outages, clusters, the browser (under 30 minutes)
+test-slow: install  ## the long tests: whole runs, kills, outages, clusters, the browser (some forty minutes)
 	@status=0; $(BIN)/python -m pytest -m slow --timeout 1200 || status=$$?; \
 	if [ $$status -eq 5 ]; then echo "There is no slow test yet."; else exit $$status; fi
 
