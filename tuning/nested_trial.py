@@ -3,11 +3,10 @@
 It costs some ten seconds and eight processes a trial (`tuning.trial` has none of that), so it is for long ones.
 """
 
-import math
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from pipelines.fit import run_workers
 from pipelines.outcome import Ending
 from pipelines.ray_session import set_defaults
 from pipelines.run_folder import RunFolder
-from pipelines.spool import TRAIN, VALIDATION, Record, SpoolReader
+from pipelines.spool import TRAIN, SpoolReader
 from tuning.nested_worker import NestedJob, train_trial
-from tuning.rung_gate import close_gate, forget_gate, open_gate
+from tuning.rung_gate import close_gate, forget_gate, knocked, open_gate
 from tuning.trial import JOB, trial_result
 from tuning.trial_rank import Progress, TrialJob
 
@@ -48,7 +47,6 @@ class NestedTrial(tune.Trainable):  # type: ignore[misc]
         self._rungs = set(job.get("rungs", ()))
         self._spool = SpoolReader(self._folder.spool)
         self._step = 0
-        self._reached: deque[tuple[int, float]] = deque()
         self._stands_at: int | None = None
         self._training: Future[Ending] = Future()
         set_defaults()
@@ -66,16 +64,18 @@ class NestedTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """What has happened in the last moment. Tune asks again after a rung if the trial goes on."""
-        if self._stands_at is not None:
-            open_gate(self._folder, self._stands_at)
+        if self._stands_at is not None and open_gate(self._folder, self._stands_at):
+            # Once: after a restart or a rewind it comes again.
+            self._rungs.remove(self._stands_at)
             self._stands_at = None
         wait([self._training], timeout=_POLL_S)
         # Before reading: so that nothing is left to be read of a trial that has ended.
         over = self._training.done()
         for record in self._spool.read():
-            self._see(record)
-        if self._reached:
-            self._stands_at, loss = self._reached.popleft()
+            if record.kind == TRAIN:
+                self._step = record.step
+        if (rung := self._rung()) is not None and rung[0] != self._stands_at:
+            self._stands_at, loss = rung
             return trial_result(Progress(self._stands_at, rung_loss=loss))
         if over:
             ending = self._training.result()
@@ -85,18 +85,16 @@ class NestedTrial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """End the workers in order, at their rung or at the next step: they outlive this actor, and hold their CPUs."""
-        if self._training.done():
-            return
-        if self._stands_at is not None:
-            close_gate(self._folder, self._stands_at)
-        else:
-            self._folder.stop.touch()
-        wait([self._training], timeout=_END_S)
+        end = time.monotonic() + _END_S
+        while not self._training.done() and time.monotonic() < end:
+            if (rung := self._rung()) is not None:
+                close_gate(self._folder, rung[0])
+            else:
+                with suppress(OSError):  # no room on the disk: again in a moment
+                    self._folder.stop.touch()
+            wait([self._training], timeout=_POLL_S)
 
-    def _see(self, record: Record) -> None:
-        if record.kind == TRAIN:
-            self._step = record.step
-        elif record.kind == VALIDATION and record.step in self._rungs:
-            # Once: after a rewind it comes again.
-            self._rungs.remove(record.step)
-            self._reached.append((record.step, record.metrics.get("val/loss", math.nan)))
+    def _rung(self) -> tuple[int, float] | None:
+        """The rung at which the workers wait, with their loss."""
+        rung = knocked(self._folder)
+        return rung if rung is not None and rung[0] in self._rungs else None

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 from pipelines.outcome import Ending
 from pipelines.run_folder import RunFolder
 from pipelines.worker import work
-from tuning.rung_gate import wait_at_gate
+from tuning.rung_gate import knock, wait_at_gate
 from tuning.trial_rank import TrialJob, TrialRank
 
 
@@ -40,6 +40,10 @@ def _train(trial: TrialJob, folder: RunFolder) -> Ending:
         progress = rank.advance(steps=1)
         if progress.ending is not None:
             return progress.ending
-        if progress.rung_loss is not None and not wait_at_gate(folder, progress.step):
+        if progress.rung_loss is None:
+            continue
+        if rank.rank == 0:
+            knock(folder, progress.step, progress.rung_loss)
+        if not wait_at_gate(folder, progress.step):
             rank.close()
             return Ending("stopped", progress.step, f"ended at the rung of step {progress.step}")

@@ -1,14 +1,12 @@
 import json
 import math
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.spool import TRAIN, VALIDATION, SpoolReader, SpoolWriter
+from tests.full_disk import full_disk
 
 
 @pytest.fixture
@@ -86,17 +84,6 @@ def test_values_that_are_not_finite_are_named_and_not_written(spool: Path) -> No
     assert line["non_finite"] == ["train/loss", "train/grad_norm", "a"]
     (record,) = SpoolReader(spool).read()
     assert record.non_finite == ("train/loss", "train/grad_norm", "a")
-
-
-@contextmanager
-def full_disk(free: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond ``free`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_on_a_full_disk_records_wait_until_there_is_room(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
