@@ -19,14 +19,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupts:
     """While entered, signals that ask the process to end go to `wait`. Outside of that they raise KeyboardInterrupt.
 
-    So every phase can be left in order, whatever the signal. Enter it on the main thread, after ``ray.init``, which
-    sets a handler of SIGTERM of its own. A signal that the process was told to ignore (``nohup``) stays ignored.
+    So every phase can be left in order, whatever the signal: enter it on the main thread, around the Ray session. A
+    signal that the process was told to ignore (``nohup``) stays ignored.
     """
 
     def __init__(self) -> None:
         self._old: dict[int, Any] = {}
         self._waiting = False
-        self._asked_s: float | None = None
+        self._asked = False
+        self._last_s: float | None = None
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
@@ -67,7 +68,7 @@ class Interrupts:
                 except TimeoutError:
                     if done.done():
                         raise
-                if self._asked_s is not None and not asked:
+                if self._asked and not asked:
                     asked = True
                     if not ask():
                         raise KeyboardInterrupt
@@ -76,6 +77,9 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._waiting or (self._asked_s is not None and now - self._asked_s > _SAME_S):
+        if self._last_s is not None and now - self._last_s < _SAME_S:
+            return
+        self._last_s = now
+        if not self._waiting or self._asked:
             raise KeyboardInterrupt
-        self._asked_s = self._asked_s or now
+        self._asked = True

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -66,21 +67,34 @@ def connect(environment: Mapping[str, str] | None = None) -> Iterator[dict[str, 
     runtime = {"env_vars": dict(environment)} if environment else None
     # Workers' output stays in Ray's own logs: what a run has to say comes through its spool, and what went wrong
     # through the exception.
-    if address:
-        _refuse_silent(address)
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _no_cluster(address, first_line(error)) from error
-    else:
-        # Without "local", Ray would join any cluster that someone started on this machine.
-        ray.init(
-            "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime
-        )
+    with _own_sigterm():
+        if address:
+            _refuse_silent(address)
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise _no_cluster(address, first_line(error)) from error
+        else:
+            # Without "local", Ray would join any cluster that someone started on this machine.
+            ray.init(
+                "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime
+            )
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the process's own handler of SIGTERM: ``ray.init`` sets one that ends it with code 15 and no word."""
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # Without one Ray's is better than none, which would leave its processes behind.
+        if callable(own):
+            signal.signal(signal.SIGTERM, own)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def run(arguments: TrainArguments) -> int:
     # Importing MLflow takes seconds, and so does starting Ray. Not sooner: wrong text leaves no database behind.
     opening = open_store_in_background(tracking_uri(config.tracking, info))
     _print(console, "starting Ray ...")
-    with ray_session(config), Interrupts() as interrupts:
+    with Interrupts() as interrupts, ray_session(config):
         tracker = Tracker.start(
             config,
             opening.result(),

@@ -54,8 +54,8 @@ def run(plan: Plan) -> int:
         print_line(console, line)
     print_line(console, "starting Ray ...")
     with ExitStack() as stack:
-        stack.enter_context(ray_session(plain, worker_environment(plain)))
         interrupts = stack.enter_context(Interrupts())
+        stack.enter_context(ray_session(plain, worker_environment(plain)))
         store = opening.result()
         end_orphaned_parents(store)
         end_orphans_in_background(store)

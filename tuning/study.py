@@ -62,8 +62,8 @@ def run(arguments: StudyArguments) -> int:
         interrupts, cost = None, None
         if not all(key in done for block in blocks_of(study) for key in block):
             _print(console, "starting Ray ...")
-            stack.enter_context(ray_session(configs[0], worker_environment(configs[0])))
             interrupts = stack.enter_context(Interrupts())
+            stack.enter_context(ray_session(configs[0], worker_environment(configs[0])))
             cost = block_cost(configs, shards, runs_at_a_time(configs[0]))
             _print(console, _in_words(study, cost))
         store = opening.result()

@@ -68,9 +68,9 @@ def run(arguments: SweepArguments) -> int:
     print_line(console, f"{plan.config.title}: {' '.join(plan.config.question.split())}")
     print_line(console, "starting Ray ...")
     with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
         stack.enter_context(ray_session(config, worker_environment(config)))
         slots = _slots(plan.config, config)
-        interrupts = stack.enter_context(Interrupts())
         print_line(console, _in_words(plan, config, slots))
         store = opening.result()
         end_orphaned_parents(store)

@@ -118,6 +118,16 @@ def test_outside_of_a_wait_every_signal_is_a_keyboard_interrupt_and_handlers_com
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_outside_of_a_wait_a_signal_that_comes_twice_at_once_leaves_the_way_out_alone() -> None:
+    with Interrupts():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGTERM)  # while everything is closed
+        else:
+            pytest.fail("the signal was lost")
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
