@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, PydanticBaseSettingsSource
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, PydanticBaseSettingsSource, get_subcommand
 
 from pipelines.errors import UserError
 from pipelines.home import home
@@ -69,8 +69,10 @@ def run_command(
         argv: arguments without the program's name; None takes those of the process.
         program: name in the help.
     """
+    arguments = None
     try:
-        return execute(parse(model, sys.argv[1:] if argv is None else argv, program))
+        arguments = parse(model, sys.argv[1:] if argv is None else argv, program)
+        return execute(arguments)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -79,11 +81,17 @@ def run_command(
         if error.errno != errno.ENOSPC:
             raise
         place = f" at {error.filename}" if error.filename else f" in {home()}"
-        print(f"error: no space left on the disk{place}; free some, then go on, with --resume NAME", file=sys.stderr)
+        print(f"error: no space left on the disk{place}; free some, then {_remedy(arguments)}", file=sys.stderr)
         return EXIT_DEFECT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _remedy(arguments: BaseModel | None) -> str:
+    """How a command goes on that was cut short."""
+    command = (arguments and get_subcommand(arguments, is_required=False)) or arguments
+    return "go on with --resume NAME" if hasattr(command, "resume") else "give the command again"
 
 
 def parse(model: type[Arguments], argv: Sequence[str], program: str) -> Arguments:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.arguments import TrainArguments
+from pipelines.arguments import ExportArguments, TrainArguments
 from pipelines.command_line import EXIT_DEFECT, parse, run_command
 from pipelines.errors import UserError
 
@@ -84,13 +84,16 @@ def test_an_unknown_or_incomplete_option_is_refused(argv: list[str], line: str) 
 def test_a_full_disk_is_one_line_and_another_error_of_the_system_is_a_defect(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def write(arguments: TrainArguments) -> int:
+    def write(arguments: object) -> int:
         # The kernel's own full disk.
         return Path("/dev/full").write_text("text")
 
     assert run_command(TrainArguments, write, [], "train") == EXIT_DEFECT
     told = capsys.readouterr().err
     assert told.startswith("error: no space left on the disk in ")
+    assert told.endswith("; free some, then go on with --resume NAME\n")
     assert told.count("\n") == 1
+    assert run_command(ExportArguments, write, ["run-1", "--to", "folder"], "export") == EXIT_DEFECT
+    assert capsys.readouterr().err.endswith("; free some, then give the command again\n")
     with pytest.raises(FileNotFoundError):
         run_command(TrainArguments, lambda _: len((tmp_path / "none").read_text()), [], "train")
