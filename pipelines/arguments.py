@@ -83,7 +83,7 @@ class DeliverArguments(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run: CliPositionalArg[str]
-    """The run or the study, by its id, its name or latest."""
+    """The run, study, sweep or replay, by its id, its name or latest."""
 
 
 class PrepareArguments(BaseModel):

@@ -33,7 +33,7 @@ def deliver(arguments: DeliverArguments) -> int:
     """
     from pipelines.delivery import deliver as deliver_run
     from pipelines.home import runs_dir
-    from pipelines.run_folder import find_folder, parent_folders, run_folders
+    from pipelines.run_folder import find_folder, parent_folders, run_folders, sweep_folders, unknown_trials
 
     runs = list(run_folders())
     folder = find_folder(arguments.run, [*runs, *parent_folders()], "run", "runs", runs_dir())
@@ -43,6 +43,11 @@ def deliver(arguments: DeliverArguments) -> int:
             raise UserError(left)
     also = f" and {len(trials)} of its trials" if trials else ""
     print(f"MLflow has everything that run {folder.info.name}{also} recorded.")
+    if folder in sweep_folders() and (unknown := unknown_trials(folder)):
+        raise UserError(
+            f"{unknown} trials of sweep {folder.info.name} began while MLflow was away, and it has no runs of them; "
+            f"`steadymoe sweep --resume {folder.info.name}` tells it"
+        )
     return EXIT_DONE
 
 

@@ -219,6 +219,12 @@ def sweep_folders() -> Iterator[RunFolder]:
         yield RunFolder(info.parent)
 
 
+def unknown_trials(sweep: RunFolder) -> int:
+    """Trials of a sweep that have a folder, and are no runs: MLflow was away when they began."""
+    found = runs_dir().glob(f"{sweep.info.id}-*")
+    return sum(not RunFolder(path).is_run for path in found)
+
+
 def replay_folders() -> Iterator[RunFolder]:
     """All replays of spikes, in no particular order; each is the parent of its trials, like a study."""
     for info in replays_dir().glob("*/run.json"):

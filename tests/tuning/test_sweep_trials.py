@@ -289,6 +289,10 @@ def test_deliver_takes_the_trials_of_a_sweep_along(
         name: "FINISHED",
         other: "FINISHED",
     }
+    # One that began while the server was away is no run, and only the sweep knows what to make of it.
+    folder.path.joinpath("run.json").rename(tmp_path / "run.json")
+    assert main(["deliver", run.info.id]) == 2
+    assert f"steadymoe sweep --resume {run.info.name}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ class Early:
     tokens: int
     """Training tokens."""
     runs: tuple[ComparedRun, ...]
-    """Finished or not, but none that diverged."""
+    """Finished or not, but none that diverged, and none of a seed that only the winners were given."""
     finished: int
     """How many of them came to the end."""
 
@@ -87,8 +87,15 @@ def early_point(comparison: Comparison) -> Early | None:
     if most <= at_end:
         return None
     tokens = max(place for place, number in reached.items() if number >= _NEARLY_ALL * most)
-    there = tuple(run for run in runs if tokens in places[run.info.id])
+    there = _of_common_seeds([run for run in runs if tokens in places[run.info.id]])
     return Early(tokens, there, sum(run.state == "finished" for run in there))
+
+
+def _of_common_seeds(runs: Sequence[ComparedRun]) -> tuple[ComparedRun, ...]:
+    """Without those of seeds that only a few configurations have: they were run again because they did well."""
+    numbers = Counter(run.seed for run in runs)
+    fewest = max(numbers.values()) / 2
+    return tuple(run for run in runs if numbers[run.seed] >= fewest)
 
 
 def early_keys(keys: Sequence[str]) -> list[str]:
