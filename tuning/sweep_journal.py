@@ -59,9 +59,12 @@ class Ended:
     outcome: TrialOutcome
     step: int
     seconds: float
+    """Of the command that ended it."""
     measures: Mapping[str, float]
     """By `tuning.measure_names`; all finite."""
     reason: str | None = None
+    resumed: bool = False
+    """Whether an earlier command had begun it: its seconds are not those of all its steps."""
 
 
 Line = Begun | Rung | Exploit | Ended

@@ -115,14 +115,11 @@ class SweepProgress:
         return Group(table, Text(self._budget_words()))
 
     def _budget_words(self) -> str:
-        left, seconds = self._queue.left, self._queue.seconds_left
+        left, seconds = self._queue.left, self._queue.seconds_left(sum(dict(self._steps).values()))
         parts = [f"{clock(self._queue.seconds)} so far"]
         if left is not None:
             parts.append(f"{left} trials to begin")
         if seconds is not None:
-            if left is not None and (trials := left + len(self._running())):
-                # The queue does not know how far those are that run.
-                seconds *= 1 - sum(dict(self._steps).values()) / self._plan.steps / trials
             parts.append(f"about {clock(seconds)} left")
         return ", ".join(parts)
 

@@ -92,13 +92,16 @@ class SweepQueue:
         limits = [limit for limit in (config.budget.trials, self._size()) if limit is not None]
         return max(0, min(limits) - len(self._searched())) + self._in_final if limits else None
 
-    @property
-    def seconds_left(self) -> float | None:
-        """At the pace so far; None before there is one, or where no end is known."""
+    def seconds_left(self, under_way: int) -> float | None:
+        """At the pace so far; None before there is one, or where no end is known.
+
+        ``under_way``: optimizer steps that the trials have done which run.
+        """
         per_trial, left, budget = self._per_trial(), self.left, self._plan.config.budget.minutes
-        if per_trial is None or left is None:
-            return None if budget is None else max(0.0, 60 * budget - self.seconds)
-        return (left + len(self._running())) * per_trial / self._slots
+        limits = [max(0.0, 60 * budget - self.seconds)] if budget is not None else []
+        if per_trial is not None and left is not None:
+            limits.append((left + len(self._running()) - under_way / self._plan.steps) * per_trial / self._slots)
+        return min(limits, default=None)
 
     @property
     def _in_final(self) -> int:
@@ -158,7 +161,8 @@ class SweepQueue:
 
     def _per_trial(self) -> float | None:
         """Seconds of one that goes to its end, by the pace of the steps so far: many are ended early."""
-        ended = [trial.ended for trial in self._journal.trials.values() if trial.ended]
+        every = [trial.ended for trial in self._journal.trials.values() if trial.ended]
+        ended = [trial for trial in every if not trial.resumed]
         steps = sum(trial.step for trial in ended)
         return sum(trial.seconds for trial in ended) / steps * self._plan.steps if steps else None
 

@@ -73,6 +73,7 @@ class SweepTrials(TrialSource):
         self._stop, self._concurrent, self._on_end = stop, concurrent, on_end
         self._journal: SweepJournal = run.journal
         self._unfinished = [trial.begun for trial in self._journal.trials.values() if trial.ended is None]
+        self._resumed = frozenset(begun.name for begun in self._unfinished)
         self._tracked: dict[str, TrackedTrial] = {}
         self._started: dict[str, float] = {}
         self._steps = steps
@@ -139,7 +140,8 @@ class SweepTrials(TrialSource):
     def advanced(self, name: str, step: int) -> None:
         """A trial has done so many steps."""
         if name in self._tracked:
-            self._steps[name] = step
+            if step:  # until then it is starting
+                self._steps[name] = step
             if self._saving:
                 # It may have been handed out in the moment when all were asked.
                 _ask_to_stop(self._tracked[name].folder)
@@ -217,7 +219,7 @@ class SweepTrials(TrialSource):
             if measures["diverged"] and outcome == "finished":
                 outcome, reason = "diverged", "it ended above the loss before training"
         seconds = time.monotonic() - self._started.get(name, time.monotonic())
-        ended = Ended(name, outcome, step, round(seconds, 2), measures, reason)
+        ended = Ended(name, outcome, step, round(seconds, 2), measures, reason, name in self._resumed)
         self._journal.add(ended)
         self._tell_end(tracked, ended)
         self._on_end(self._plan.label(known.values), ended)

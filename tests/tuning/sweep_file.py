@@ -49,8 +49,9 @@ def end(
     outcome: TrialOutcome = "finished",
     step: int = 100,
     seconds: float = 10.0,
+    resumed: bool = False,
     **measures: float,
 ) -> None:
     """Its end."""
     known = {} if loss is None else {"val_loss": loss}
-    journal.add(Ended(name, outcome, step, seconds, {**known, **measures}))
+    journal.add(Ended(name, outcome, step, seconds, {**known, **measures}, resumed=resumed))

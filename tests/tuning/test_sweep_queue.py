@@ -149,12 +149,31 @@ def test_slots_share_what_is_to_come(tmp_path: Path, path: Path) -> None:
 
 def test_what_is_left_is_told_at_the_pace_so_far(tmp_path: Path, path: Path) -> None:
     scene = Scene(plan_of(tmp_path, {**NINE, "confirm": {"top": 2, "seeds": 3}}), path, slots=2)
-    assert (scene.queue.left, scene.queue.seconds_left) == (13, None)
+    assert (scene.queue.left, scene.queue.seconds_left(0)) == (13, None)
     first, _ = scene.begin(), scene.begin()
     scene.clock.now += 8
     scene.end(first, seconds=8.0)
     assert scene.queue.left == 7 + 4
-    assert scene.queue.seconds_left == (7 + 4 + 1) * 8 / 2
+    assert scene.queue.seconds_left(0) == (7 + 4 + 1) * 8 / 2
+    assert scene.queue.seconds_left(STEPS // 4) == (7 + 4 + 0.75) * 8 / 2
+
+
+def test_what_is_left_is_no_more_than_the_minutes_hold(tmp_path: Path, path: Path) -> None:
+    scene = Scene(plan_of(tmp_path, {**NINE, "budget": {"minutes": 2}}), path, slots=1)
+    assert scene.queue.seconds_left(0) == 120
+    first = scene.begin()
+    scene.clock.now += 40
+    scene.end(first, seconds=40.0)
+    assert scene.queue.seconds_left(0) == 80  # 8 x 40 else
+
+
+def test_trials_that_an_earlier_command_began_do_not_set_the_pace(tmp_path: Path, path: Path) -> None:
+    # Their seconds are those since the resume, and their steps all of them: by those there would be room for a fourth.
+    scene = Scene(plan_of(tmp_path, {**NINE, "budget": {"minutes": 3}}), path, slots=1)
+    for _ in range(3):
+        scene.end(scene.begin(), seconds=1.0, resumed=True)
+        scene.clock.now += 1
+    assert len(scene.run(seconds=50.0)) == 3
 
 
 def test_the_final_gives_the_best_the_seeds_that_they_lack_seed_by_seed(tmp_path: Path, path: Path) -> None:
