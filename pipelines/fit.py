@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines.config import RunConfig
+from pipelines.errors import first_line
 from pipelines.interrupts import Interrupts
 from pipelines.notes import read_notes
 from pipelines.operations import FAILURES, last_step, settle
@@ -104,5 +105,5 @@ def run_workers(
 def _why(folder: RunFolder, started_ms: int, max_restarts: int, error: Exception) -> str:
     failures = [n for n in read_notes(folder.notes) if n.time_ms >= started_ms and n.kind in ("death", "error")]
     if not failures:
-        return str(error)  # of the controller; the workers did not fail
+        return first_line(error)  # of the controller; the workers did not fail
     return f"{failures[-1].text} (after {max_restarts} restarts, recovery.max_restarts)"
