@@ -67,6 +67,13 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 TOGETHER = ("all at once", "several")
+# What bf16 rounds in them is rounded in another switch, too.
+OF_SAME_PARTS = (
+    "reordered",
+    "normed heads, plain attention",
+    "unconstrained streams",
+    "small outputs, large embeddings",
+)
 
 
 def changes_for(switch: str, world: int, parallel: dict[str, Any], micro: int | None, compute: str) -> list[Any]:
@@ -138,9 +145,6 @@ def test_sharded_expert_parallel_ranks_train_what_one_process_trains_with_each_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "switch",
-    ["sandwich", "normed heads", "scaled latents", "normed experts", "smoothly bounded", "constrained streams"],
-)
+@pytest.mark.parametrize("switch", [name for name in SWITCHES if name not in (*TOGETHER, *OF_SAME_PARTS, "clamped")])
 def test_bf16_ranks_agree_to_its_rounding_with_each_switch(switch: str) -> None:
     check(switch, PARALLEL["ep2"], "bf16", STREAMS["bf16"] if "streams" in switch else BF16)

@@ -66,9 +66,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 # Each loss is a figure of its own, so that all of them at once are told apart; of biases there is one kind at a time.
 # On one layout every kind, and on the others those that between them have every form of state and loss.
 COMBINED = ("sqrt_softplus, quantile, batch loss", "together")
+ALONE_IN_NONE = ("batch loss", "router z-loss", "lm z-loss")
 TRAINED: dict[str, tuple[str, ...]] = {
     "replicas": ("proportional", *COMBINED),
-    "ep2": ("proportional", "smebu", "quantile", "schedule", "sqrt_softplus", *COMBINED),
+    "ep2": tuple(name for name in CHANGES if name not in ALONE_IN_NONE),
     "ep2-sharded": ("schedule", *COMBINED),
 }
 
