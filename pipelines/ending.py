@@ -12,7 +12,7 @@ from pipelines.notes import read_notes
 from pipelines.run_folder import RunFolder, write_json
 from pipelines.run_lock import writer_lock
 from pipelines.spike_event import read_events, steps_lost
-from pipelines.spool import SpoolReader
+from pipelines.spool import span_ms
 
 DESCRIPTION_TAG = "mlflow.note.content"
 
@@ -60,11 +60,11 @@ def end_if_orphaned(folder: RunFolder) -> None:
     if folder.ending.exists():
         return
     with writer_lock(folder, patience_s=0.0):
-        times = [record.time_ms for record in SpoolReader(folder.spool).read()]
+        span = span_ms(folder.spool)
         try:
             config = load_config([str(folder.config)], [])
         except UserError:
             # Of another version of this project.
             config = None
-        ending = ending_of(folder, config, "KILLED", "its driver vanished", times[-1] if times else None)
+        ending = ending_of(folder, config, "KILLED", "its driver vanished", span[1] if span else None)
         write_json(folder.ending, ending)

@@ -100,6 +100,12 @@ class SpoolReader:
         return records
 
 
+def span_ms(path: Path) -> tuple[int, int] | None:
+    """When the first and the last record of a spool were made, in milliseconds since 1970; None without any."""
+    times = [record.time_ms for record in SpoolReader(path).read()]
+    return (times[0], times[-1]) if times else None
+
+
 def live(records: Iterable[Record]) -> list[Record]:
     """The records of the timeline that holds, the rewinds themselves left out."""
     kept: list[Record] = []

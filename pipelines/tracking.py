@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from pipelines.loading import dump_config
 from pipelines.response_config import LadderResponseConfig
 from pipelines.run_folder import RunFolder, RunInfo, free_name, read_json, run_folders, write_json, write_whole
 from pipelines.run_lock import RunBusyError, RunLock, writer_lock
+from pipelines.spool import span_ms
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
 from pipelines.views import run_colour
 
@@ -92,6 +94,7 @@ class Tracker:
         self.tags: dict[str, str] = {}
         """Further tags of the run's end."""
         self._ending: tuple[Status, str | None] | None = None
+        self._ended_ms: int | None = None
         response = config.response
         lag = response.window_steps if isinstance(response, LadderResponseConfig) else 0
         self._drainer = Drainer(store.client, folder, lock, lag_steps=lag)
@@ -143,9 +146,9 @@ class Tracker:
                 raise
         return tracker
 
-    def end_as(self, status: Status, reason: str | None = None) -> None:
-        """Say how the run ends, where that is not what the exception on the way out says."""
-        self._ending = (status, reason)
+    def end_as(self, status: Status, reason: str | None = None, time_ms: int | None = None) -> None:
+        """Say how the run ends, where that is not what the exception on the way out says, and when, where not now."""
+        self._ending, self._ended_ms = (status, reason), time_ms
 
     def __enter__(self) -> Self:
         self._drainer.start()
@@ -163,7 +166,7 @@ class Tracker:
                 pass
         except RunBusyError as error:
             _log.warning("%s; what it writes from now on is not delivered", error)
-        ending = ending_of(self.folder, self.config, status, reason)
+        ending = ending_of(self.folder, self.config, status, reason, self._ended_ms)
         ending["metrics"] |= self.figures
         ending["tags"] |= self.tags
         try:
@@ -180,10 +183,14 @@ def _create(
     tracking = config.tracking
     experiment_id = store.experiment_id(tracking.experiment)
     name = free_name(tracking.run_name, Path(preset).name.removesuffix(".yaml"))
+    # A trial may have trained while the store was away.
+    span = span_ms(trial.folder.spool) if trial is not None else None
+    started_ms = span[0] if span is not None else time.time_ns() // 1_000_000
     if trial is not None:
         tags = {"mlflow.parentRunId": trial.parent, **tags}
     run = store.client.create_run(
         experiment_id,
+        start_time=started_ms,
         run_name=name,
         tags={
             "role": "train",
@@ -197,7 +204,7 @@ def _create(
         },
     )
     folder = trial.folder if trial is not None else RunFolder(runs_dir() / run.info.run_id)
-    created = datetime.now(UTC).isoformat(timespec="milliseconds")
+    created = datetime.fromtimestamp(started_ms / 1000, UTC).isoformat(timespec="milliseconds")
     parent = trial.parent if trial is not None else None
     info = RunInfo(run.info.run_id, name, tracking.experiment, experiment_id, created, shown(store.uri), parent)
     try:

@@ -67,8 +67,15 @@ class Ended:
     """Whether an earlier command had begun it: its seconds are not those of all its steps."""
 
 
-Line = Begun | Rung | Exploit | Ended
-_KINDS: dict[str, type[Line]] = {"begun": Begun, "rung": Rung, "exploit": Exploit, "ended": Ended}
+@dataclass(frozen=True)
+class Again:
+    """A trial that had failed is taken up again."""
+
+    name: str
+
+
+Line = Begun | Rung | Exploit | Ended | Again
+_KINDS: dict[str, type[Line]] = {"begun": Begun, "rung": Rung, "exploit": Exploit, "ended": Ended, "again": Again}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
@@ -131,6 +138,8 @@ class SweepJournal:
                 self.trials[name] = replace(known, exploits=(*known.exploits, line))
             case Ended(name=name):
                 self.trials[name] = replace(self.trials[name], ended=line)
+            case Again(name=name):
+                self.trials[name] = replace(self.trials[name], ended=None)
 
 
 def _lines(path: Path) -> Iterator[Line]:

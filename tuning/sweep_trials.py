@@ -22,7 +22,7 @@ from pipelines.views import run_colour
 from tuning.objective import LOSS, figures
 from tuning.outcome import measure_pruned, measure_trial
 from tuning.space_config import Values
-from tuning.sweep_journal import Begun, Ended, Exploit, Rung, SweepJournal, TrialOutcome
+from tuning.sweep_journal import Again, Begun, Ended, Exploit, Rung, SweepJournal, TrialOutcome
 from tuning.sweep_loading import SweepPlan, trial_config
 from tuning.sweep_queue import SweepQueue
 from tuning.sweep_run import SweepRun
@@ -38,7 +38,7 @@ _STATUS: dict[TrialOutcome, Status] = {
 }
 # MLflow's limit.
 _TAG_LENGTH = 8000
-# So many that fail before any has ended well are no accident.
+# So many that fail in a row, or before any has ended well, are no accident.
 _FAILURES = 3
 
 
@@ -72,13 +72,17 @@ class SweepTrials(TrialSource):
         self._plan, self._run, self._queue, self._shards = plan, run, queue, shards
         self._stop, self._concurrent, self._on_end = stop, concurrent, on_end
         self._journal: SweepJournal = run.journal
+        for trial in list(self._journal.trials.values()):
+            if trial.ended is not None and trial.ended.outcome == "failed":
+                # What was wrong with the machine may be mended by now.
+                self._journal.add(Again(trial.begun.name))
         self._unfinished = [trial.begun for trial in self._journal.trials.values() if trial.ended is None]
         self._resumed = frozenset(begun.name for begun in self._unfinished)
         self._tracked: dict[str, TrackedTrial] = {}
         self._started: dict[str, float] = {}
         self._steps = steps
         self._runs = TrialRuns(store, shards, run.info.id)
-        self._saving = False
+        self._saving, self._in_a_row = False, 0
         self.failure: Exception | None = None
         """Why the sweep cannot go on: a UserError if the config is the reason."""
         for trial in self._journal.trials.values():
@@ -201,12 +205,16 @@ class SweepTrials(TrialSource):
     def _fail(self, name: str, failure: Exception) -> None:
         self._over(name, "failed", str(failure))
         outcomes = [trial.ended.outcome for trial in self._journal.trials.values() if trial.ended]
-        if len(outcomes) >= _FAILURES and set(outcomes) == {"failed"}:
+        # Of a config that training cannot use there may be many in a space.
+        self._in_a_row += isinstance(failure, RuntimeError)
+        if self._in_a_row >= _FAILURES or (len(outcomes) >= _FAILURES and set(outcomes) == {"failed"}):
             self.failure = failure
             self._stop.set()
 
     def _over(self, name: str, outcome: TrialOutcome, reason: str | None) -> None:
         """A trial is done with."""
+        if outcome != "failed":
+            self._in_a_row = 0
         tracked, known = self._tracked.pop(name), self._journal.trials[name]
         step = known.rungs[-1].step if outcome == "pruned" else self._steps.get(name, known.step)
         self._steps.pop(name, None)

@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.home import runs_dir
 from pipelines.run_folder import RunFolder, write_json
 from pipelines.shards import Shards
+from pipelines.spool import span_ms
 from pipelines.text import dataset_info
 from pipelines.tracking import FINISH_TIMEOUT_S, Tracker, TrialPlace
 from pipelines.tracking_store import TrackingStore
@@ -111,7 +112,7 @@ class TrialRuns:
             if trial.folder.is_run:
                 # MLflow went while the run was made: what is delivered of it later must be true. It is without the tags
                 # of its end, for a sweep that goes on knows by them which trials MLflow has been told of as a whole.
-                ending = ending_of(trial.folder, trial.config, end.status, end.reason)
+                ending = ending_of(trial.folder, trial.config, end.status, end.reason, _last_ms(trial.folder))
                 ending["metrics"] |= end.figures or {}
                 try:
                     write_json(trial.folder.ending, ending)
@@ -120,14 +121,15 @@ class TrialRuns:
             return False
         trial.tracker.figures = dict(end.figures or {})
         trial.tracker.tags = dict(end.tags or {})
-        trial.tracker.end_as(end.status, end.reason)
+        trial.tracker.end_as(end.status, end.reason, _last_ms(trial.folder))
         trial.tracker.__exit__(None, None, None)
         return trial.tracker.undelivered is None
 
     def _make_up(self) -> None:
         """What MLflow could not be told, again; up to the first that it cannot be told now."""
-        while self._untold:
-            end = self._untold[0]
+        # Of one that was left where it is, and that MLflow has never heard of, there is nothing to tell.
+        tellable = [end for end in self._untold if end.trial.tracker is not None or end.figures is not None]
+        for end in tellable:
             try:
                 # A tracker has ended its run, but for what its folder keeps.
                 told = self._told_end(end) if end.trial.tracker is None else _is_delivered(end.trial.folder)
@@ -136,7 +138,13 @@ class TrialRuns:
                 return
             if not told:
                 return
-            self._untold.pop(0)
+            self._untold.remove(end)
+
+
+def _last_ms(folder: RunFolder) -> int | None:
+    """When a trial did the last thing of which there is a record, milliseconds since 1970: MLflow may be told later."""
+    span = span_ms(folder.spool)
+    return span[1] if span is not None else None
 
 
 def _is_delivered(folder: RunFolder) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tuning.sweep_file import begin, end
-from tuning.sweep_journal import Begun, Ended, Exploit, Line, Rung, SweepJournal
+from tuning.sweep_journal import Again, Begun, Ended, Exploit, Line, Rung, SweepJournal
 
 
 def lines() -> list[Line]:
@@ -43,6 +43,9 @@ def test_values_and_step_are_the_last_that_are_known(tmp_path: Path) -> None:
     assert (journal.trials[name].step, journal.trials[name].values) == (10, {"optimizer.lr": 0.3})
     end(journal, name, 2.0, step=33)
     assert journal.trials[name].step == 33
+    journal.add(Again(name))
+    assert (journal.trials[name].step, journal.trials[name].ended) == (10, None)
+    assert SweepJournal.read(journal.path).trials == journal.trials
 
 
 @pytest.mark.parametrize("left", ["all but the end", "half", "within a character", "one byte"])

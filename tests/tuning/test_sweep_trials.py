@@ -16,6 +16,7 @@ from pipelines.notes import read_notes
 from pipelines.outcome import Ending
 from pipelines.prepare import prepare
 from pipelines.run_folder import RunFolder, read_json, write_json
+from pipelines.spool import span_ms
 from pipelines.tracking_store import TrackingStore, local_database, open_store
 from tests.pipelines.mlflow_server import Server, wait_until
 from tests.pipelines.small_run import SETTINGS
@@ -176,25 +177,56 @@ def test_what_a_driver_was_killed_before_it_could_tell_is_told_when_the_sweep_go
     assert ended is not None
     assert found[name].data.metrics["sweep/val_loss"] == ended.measures["val_loss"]
     assert found[name].data.tags["outcome"] == "finished"
+    span = span_ms(RunFolder(Path(run.journal.trials[name].begun.folder)).spool)
+    assert span is not None
+    assert found[name].info.end_time == span[1]
 
 
-def test_trials_that_fail_for_reasons_of_the_machine_end_the_sweep_only_if_all_do(
+WEIGHT_DECAYS = {"optimizer.weight_decay": {"kind": "grid", "values": [0.0, 0.1, 0.2, 0.3]}}
+
+
+def fail_next(trials: SweepTrials) -> str:
+    """The actors of the next trial die for good; its name."""
+    given = trials.next()
+    assert isinstance(given, tuple)
+    trials.started(given[0])
+    assert trials.failure is None
+    trials.failed(given[0], "its actors died")
+    return given[0]
+
+
+def test_three_trials_in_a_row_that_fail_for_reasons_of_the_machine_end_the_sweep(
     tmp_path: Path, store: TrackingStore
 ) -> None:
-    space = {"optimizer.weight_decay": {"kind": "grid", "values": [0.0, 0.1, 0.2, 0.3]}}
-    with begun(plan(tmp_path, space=space), store) as (run, trials):
-        names = []
-        for _ in range(3):
-            given = trials.next()
-            assert isinstance(given, tuple)
-            names.append(given[0])
-            trials.started(given[0])
-            assert trials.failure is None
-            trials.failed(given[0], "its actors died")
+    six = plan(tmp_path, space={"optimizer.lr": {"kind": "grid", "values": [n / 1000 for n in range(1, 7)]}})
+    with begun(six, store) as (run, trials):
+        fail_next(trials)
+        finished = run_next(trials)
+        names = [fail_next(trials) for _ in range(3)]
         assert str(trials.failure) == f"trial {names[-1]} failed: its actors died"
     found = in_mlflow(store, run)
     assert {found[name].info.status for name in names} == {"FAILED"}
     assert {found[name].data.tags["outcome"] for name in names} == {"failed"}
+    assert found[finished].data.tags["outcome"] == "finished"
+
+
+def test_trials_that_failed_are_taken_up_again_when_the_sweep_goes_on(tmp_path: Path, store: TrackingStore) -> None:
+    four = plan(tmp_path, space=WEIGHT_DECAYS)
+    with begun(four, store) as (run, trials):
+        names = [fail_next(trials) for _ in range(3)]
+        assert trials.failure is not None
+    resumed = SweepRun.reopen(four.config, store, run.folder, "digest")
+    with resumed:
+        again = trials_of(four, resumed, store)
+        assert [run_next(again) for _ in range(3)] == names
+        assert again.failure is None
+        last = run_next(again)
+        assert again.next() == "end"
+        again.close()
+    found = in_mlflow(store, run)
+    assert sorted(found) == sorted([*names, last])
+    assert {trial.info.status for trial in found.values()} == {"FINISHED"}
+    assert {trial.data.tags["outcome"] for trial in found.values()} == {"finished"}
 
 
 def test_a_config_that_training_cannot_use_is_a_failed_trial_and_the_others_go_on(
@@ -322,6 +354,10 @@ def test_a_server_that_comes_back_is_told_of_the_trials_that_it_missed(
             found = in_mlflow(served, run)
             assert {one.info.status for one in found.values()} == {"FINISHED"}
             assert {len(losses(served, one)) for one in found.values()} == {12}
+            # Told late, but of what was then.
+            late = [trial.begun for trial in run.journal.trials.values()][1]
+            span = span_ms(RunFolder(Path(late.folder)).spool)
+            assert (found[late.name].info.start_time, found[late.name].info.end_time) == span
     finally:
         server.kill()
 
