@@ -46,7 +46,8 @@ def _line(problem: ErrorDetails, root: type[BaseModel], origins: Mapping[Path, s
             context = problem["ctx"]
             kinds = [kind.strip("'") for kind in context["expected_tags"].split(", ")]
             path = (*path, KIND)
-            family = next(part for part in reversed(path[:-1]) if isinstance(part, str))  # of an item, its list
+            # Of an item, its list; of what a user has named by a dotted key, what holds it.
+            family = next(part for part in reversed(path[:-1]) if isinstance(part, str) and "." not in part)
             text = f"{context['tag']!r} is no kind of {family}; {did_you_mean(context['tag'], kinds)}"
         case "union_tag_not_found":
             path = (*path, KIND)

@@ -33,10 +33,14 @@ class GridDimension(_Dimension):
     """Numbers that are all to be tried: for searcher ``grid``."""
 
     kind: Literal["grid"] = "grid"
-    values: list[int | float] = Field(min_length=2)
+    # A number may be of either kind, which for pydantic is a choice, and two complaints about each that is neither.
+    values: list[Any] = Field(min_length=2)
 
     @model_validator(mode="after")
     def _values_differ(self) -> Self:
+        for value in self.values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"values: should be finite numbers, and {value!r} is none; kind choice takes anything")
         _refuse_repeated(self.values)
         return self
 

@@ -32,6 +32,7 @@ from tuning.cost import Cost, block_cost
 from tuning.driving import run_to_end, say_what_is_untold
 from tuning.outcome import Outcome, conclude
 from tuning.parent_run import Stopwatch, end_orphaned_parents
+from tuning.results import TrialResult
 from tuning.study_config import StudyConfig
 from tuning.study_loading import load_study, trial_configs
 from tuning.study_progress import StudyProgress
@@ -112,8 +113,15 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
     study, study_run, cost = setting.study, setting.run, setting.cost
     stop, asked = threading.Event(), False
     blocks = Blocks(study, cost.slots, cost.seconds_per_trial, done=[trial.key for trial in study_run.trials])
+    stopwatch = Stopwatch(study_run.progress)
     with StudyProgress(study, blocks, console) as progress:
-        trials = StudyTrials(study, study_run, blocks, setting.shards, setting.store, stop, progress.trial_ended)
+
+        def trial_ended(result: TrialResult, seconds: float) -> None:
+            # Each time, for a killed driver has no last word.
+            stopwatch.note()
+            progress.trial_ended(result, seconds)
+
+        trials = StudyTrials(study, study_run, blocks, setting.shards, setting.store, stop, trial_ended)
 
         def ask() -> bool:
             nonlocal asked
@@ -130,7 +138,6 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
             trials.close()
             stopwatch.note()
 
-        stopwatch = Stopwatch(study_run.progress)
         run_to_end(work, interrupts, ask, close)
     say_what_is_untold(trials.untold, console)
     if trials.failure is not None:

@@ -322,6 +322,7 @@ def test_a_home_that_cannot_be_written_to(
 REAL: list[tuple[list[str], str]] = [
     (["train", "tag.yaml"], "error: tag.yaml, line 1"),
     (["prepare", "missing", "--out", "new"], "error: "),
+    (["submit", "--", "train", "micro", "--set", "optimizer.lr=fast"], "error: optimizer.lr: should be a valid number"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Names, files and --set become a sweep and the configs of its trials, or one clear line for a mistake."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ OF_THE_SPACE: list[tuple[dict[str, Any], str]] = [
     (two(tracking__experiment=numbers(1, 2)), "space.tracking.experiment: cannot be swept: it changes nothing that"),
     ({"space": {**GRID, "optimizer.": numbers(1, 2)}}, "space.optimizer.: should be a dotted key of a run's config"),
     ({"space": {}}, "space: should"),
-    ({"space": {LR: {"kind": "grids", "values": [1, 2]}}}, "space.optimizer.lr.kind: 'grids' is no kind of optimizer"),
+    ({"space": {LR: {"kind": "grids", "values": [1, 2]}}}, "space.optimizer.lr.kind: 'grids' is no kind of space; did"),
+    ({"space": {LR: {"kind": "grid", "values": [1, "a"]}}}, "space.optimizer.lr: values: should be finite numbers"),
+    ({"space": {LR: numbers(0.1, math.inf)}}, "space.optimizer.lr: values: should be finite numbers, and inf is none"),
     ({"space": {LR: numbers(0.001)}}, "space.optimizer.lr.values: should have at least 2 items, got 1"),
     ({"space": {LR: numbers(0.1, 0.1)}}, "space.optimizer.lr: values: 0.1 is there twice"),
     (
