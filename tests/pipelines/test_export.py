@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.export import export
 from pipelines.loading import load_config
 from pipelines.prepare import prepare
 from pipelines.run_folder import RunFolder
+from tests.home import home_at
 from tests.pipelines.weights import finished_run
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,11 +33,9 @@ BIASED = ("stability.balance.bias_update_rate=0.1",)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(home))
-        yield home
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with home_at(tmp_path_factory.mktemp("home")) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

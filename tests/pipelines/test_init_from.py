@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pipelines.loop import train
 from pipelines.prepare import prepare
 from pipelines.run_folder import RunFolder
 from tests.distributed import run_distributed
+from tests.home import home_at
 from tests.moe.tiny import weights as whole_weights
 from tests.pipelines.small_run import SETTINGS, metrics_of
 from tests.pipelines.weights import edit_config, edit_weights, finished_run
@@ -39,11 +40,9 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(home))
-        yield home
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with home_at(tmp_path_factory.mktemp("home")) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.home import HOME_VARIABLE
 from pipelines.notes import read_notes
 from pipelines.run_folder import RunFolder
 from pipelines.run_lock import is_written_to
 from pipelines.spike_event import read_events
-from pipelines.tracking_store import URI_VARIABLE
+from tests.home import home_at
 from tests.pipelines.driver import Driver, await_steps, folders, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import wait_until
 from tests.pipelines.small_run import metrics_of
@@ -35,10 +34,7 @@ FAULTS = """faults=[
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A STEADYMOE_HOME for all runs."""
-    path = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(HOME_VARIABLE, str(path))
-        patch.delenv(URI_VARIABLE, raising=False)
+    with home_at(tmp_path_factory.mktemp("home")) as path:
         yield path
 
 

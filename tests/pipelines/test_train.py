@@ -8,8 +8,7 @@ from subprocess import CompletedProcess
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.home import HOME_VARIABLE
-from pipelines.tracking_store import URI_VARIABLE
+from tests.home import home_at
 from tests.pipelines.driver import folders, run_steadymoe, sets
 from tests.pipelines.small_run import metrics_of
 
@@ -20,10 +19,7 @@ PAIR = ("parallel.workers=2", "parallel.expert_parallel=2", CONSTANT)
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A STEADYMOE_HOME for all runs."""
-    path = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(HOME_VARIABLE, str(path))
-        patch.delenv(URI_VARIABLE, raising=False)
+    with home_at(tmp_path_factory.mktemp("home")) as path:
         yield path
 
 

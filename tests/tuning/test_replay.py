@@ -13,6 +13,7 @@ from infra.cli import main
 from pipelines.run_folder import RunFolder, replay_folders, run_folders
 from pipelines.spike_event import read_events
 from pipelines.views import REPLAYS
+from tests.home import home_at
 from tests.pipelines.driver import Driver, folders, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import wait_until
 from tests.pipelines.small_run import metrics_of
@@ -32,10 +33,7 @@ ARMS = ("as-it-was", "tight-clip", "half-lr", "anticipate")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A STEADYMOE_HOME with a run that has had a spike."""
-    path = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(path))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with home_at(tmp_path_factory.mktemp("home")) as path:
         run_steadymoe(path, "train", "micro", *SPIKY)
         assert [event.id for event in read_events(folders()["spiky"].events)] == ["loss-000051"]
         yield path

@@ -17,6 +17,7 @@ from infra.cli import main
 from pipelines.home import runs_dir
 from pipelines.run_folder import RunFolder, study_folders
 from pipelines.run_lock import is_written_to
+from tests.home import home_at
 from tests.pipelines.driver import Driver, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import Server, wait_until
 from tuning.recording import read_series, series_file
@@ -59,11 +60,8 @@ STUDY = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A STEADYMOE_HOME for all studies, with the file of one in it."""
-    path = tmp_path_factory.mktemp("home")
-    (path / "tiny.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(path))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with home_at(tmp_path_factory.mktemp("home")) as path:
+        (path / "tiny.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
         yield path
 
 

@@ -11,6 +11,7 @@ from mlflow.entities import Run
 from pipelines.errors import UserError
 from pipelines.prepare import prepare
 from pipelines.tracking_store import TrackingStore, local_database, open_store
+from tests.home import home_at
 from tests.pipelines.small_run import SETTINGS
 from tuning.blocks import Blocks
 from tuning.results import TrialKey
@@ -30,9 +31,7 @@ CLAIM = {
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
     """A STEADYMOE_HOME with its database for all tests here; making one takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with home_at(tmp_path_factory.mktemp("home")):
         yield open_store(local_database())
 
 

@@ -13,6 +13,7 @@ from mlflow.entities import Run
 
 from pipelines.run_folder import RunFolder, find_sweep
 from pipelines.run_lock import is_written_to
+from tests.home import home_at
 from tests.pipelines.driver import Driver, folders, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import wait_until
 from tuning.sweep_journal import SweepJournal, TrialState
@@ -48,10 +49,7 @@ def write(home: Path, name: str, **changes: Any) -> str:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A STEADYMOE_HOME for all sweeps."""
-    path = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(path))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with home_at(tmp_path_factory.mktemp("home")) as path:
         yield path
 
 

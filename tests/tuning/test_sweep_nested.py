@@ -11,6 +11,7 @@ from pipelines.checkpoint_manifest import step_name
 from pipelines.command_line import EXIT_INTERRUPTED
 from pipelines.notes import read_notes
 from pipelines.run_folder import RunFolder, find_sweep
+from tests.home import home_at
 from tests.pipelines.driver import Driver, run_steadymoe, sets, steps_of
 from tests.pipelines.mlflow_server import wait_until
 from tests.tuning.test_sweep import check_tree, client_of, journal_of, names, trials_of, write
@@ -32,10 +33,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(path))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with home_at(tmp_path_factory.mktemp("home")) as path:
         yield path
 
 

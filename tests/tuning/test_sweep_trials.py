@@ -18,6 +18,7 @@ from pipelines.prepare import prepare
 from pipelines.run_folder import RunFolder, read_json, write_json
 from pipelines.spool import span_ms
 from pipelines.tracking_store import TrackingStore, local_database, open_store
+from tests.home import home_at
 from tests.pipelines.mlflow_server import Server, wait_until
 from tests.pipelines.small_run import SETTINGS
 from tests.tuning.sweep_file import plan_of
@@ -35,9 +36,7 @@ RATES = {"optimizer.lr": {"kind": "grid", "values": [1e-3, 1e-2]}}
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
     """A STEADYMOE_HOME with its database for all tests here; making one takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEADYMOE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with home_at(tmp_path_factory.mktemp("home")):
         yield open_store(local_database())
 
 
