@@ -73,6 +73,8 @@ class SweepProgress:
         what = {"finished": "", "pruned": f"pruned at {ended.step}", "diverged": "DIVERGED", "failed": "FAILED"}
         how = f"{what[ended.outcome]:<14} {ended.seconds:.0f} s"
         self.say(f"[{count}] {label:<{width}}  val {loss}  {how}  {self._best_words()}")
+        if ended.outcome == "failed" and ended.reason:
+            self.say(f"  {ended.reason}")
 
     def _best_words(self) -> str:
         best = self._best()

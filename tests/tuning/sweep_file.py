@@ -49,9 +49,10 @@ def end(
     outcome: TrialOutcome = "finished",
     step: int = 100,
     seconds: float = 10.0,
+    reason: str | None = None,
     resumed: bool = False,
     **measures: float,
 ) -> None:
     """Its end."""
     known = {} if loss is None else {"val_loss": loss}
-    journal.add(Ended(name, outcome, step, seconds, {**known, **measures}, resumed=resumed))
+    journal.add(Ended(name, outcome, step, seconds, {**known, **measures}, reason, resumed))

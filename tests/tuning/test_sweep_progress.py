@@ -38,13 +38,14 @@ def test_every_trial_that_ends_has_a_line_with_how_many_there_are_and_the_best_s
         ended(0, 3.25, seconds=12.4)
         names.append(begin(journal, 3))
         ended(2, 4.0, "pruned", step=32)
-        ended(3, None, "failed", step=0)
+        ended(3, None, "failed", step=0, reason="trial d failed: its actors died")
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert lines == [
         "[1/4] lr=0.002 val 5.5000 DIVERGED 10 s none finished yet",
         "[2/4] lr=0.001 val 3.2500 12 s best 3.2500 at lr=0.001",
         "[3/4] lr=0.003 val 4.0000 pruned at 32 10 s best 3.2500 at lr=0.001",
         "[4/4] lr=0.004 val - FAILED 10 s best 3.2500 at lr=0.001",
+        "trial d failed: its actors died",
     ]
 
 
