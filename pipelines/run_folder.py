@@ -220,9 +220,9 @@ def sweep_folders() -> Iterator[RunFolder]:
 
 
 def unknown_trials(sweep: RunFolder) -> int:
-    """Trials of a sweep that have a folder, and are no runs: MLflow was away when they began."""
-    found = runs_dir().glob(f"{sweep.info.id}-*")
-    return sum(not RunFolder(path).is_run for path in found)
+    """Trials of a sweep that have trained, and are no runs: MLflow was away when they began."""
+    found = [RunFolder(path) for path in runs_dir().glob(f"{sweep.info.id}-*")]
+    return sum(folder.spool.exists() and not folder.is_run for folder in found)
 
 
 def replay_folders() -> Iterator[RunFolder]:
