@@ -43,10 +43,11 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     return Interval(mean, mean - reach, mean + reach, n)
 
 
-def welch_interval(left: Sequence[float], right: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Interval of ``mean(right) - mean(left)`` of independent values of unequal spread (Welch, Biometrika 34, 1947).
+def pooled_interval(left: Sequence[float], right: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Interval of ``mean(right) - mean(left)`` of independent values of one spread (Student's t of two samples).
 
-    With a single value on a side it is infinite; ``n`` is the number of all values.
+    Two or three values on a side, which a search at random has at every edge of its space, say nothing of a spread of
+    their own. With a single value on both sides it is infinite; ``n`` is the number of all values.
 
     Raises:
         ValueError: There is no value on a side.
@@ -55,12 +56,9 @@ def welch_interval(left: Sequence[float], right: Sequence[float], confidence: fl
         raise ValueError("a difference needs values on both sides")
     n = len(left) + len(right)
     difference = float(np.mean(right) - np.mean(left))
-    if min(len(left), len(right)) == 1:
+    if n == 2:
         return Interval(difference, -math.inf, math.inf, n)
-    of_left, of_right = (float(np.var(side, ddof=1)) / len(side) for side in (left, right))
-    variance = of_left + of_right
-    if variance == 0:
-        return Interval(difference, difference, difference, n)
-    freedom = variance**2 / (of_left**2 / (len(left) - 1) + of_right**2 / (len(right) - 1))
-    reach = float(stdtrit(freedom, (1 + confidence) / 2)) * math.sqrt(variance)
+    squares = sum(float(np.var(side)) * len(side) for side in (left, right))
+    error = math.sqrt(squares / (n - 2) * (1 / len(left) + 1 / len(right)))
+    reach = float(stdtrit(n - 2, (1 + confidence) / 2)) * error
     return Interval(difference, difference - reach, difference + reach, n)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from tuning.statistics import Interval, interval, welch_interval
+from tuning.statistics import Interval, interval, pooled_interval
 
 # Two-sided 95 % points of Student's t, from a printed table, by degrees of freedom.
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 29: 2.045}
@@ -44,20 +44,23 @@ def test_what_has_no_mean_is_refused(values: list[float]) -> None:
         interval(values)
 
 
-def test_a_difference_of_unequal_spreads_is_welchs() -> None:
+def test_a_difference_is_that_of_students_two_samples() -> None:
     left, right = [1.0, 2.0, 4.0, 3.5], [5.0, 9.0, 7.5]
-    found = welch_interval(left, right, 0.9)
-    expected = ttest_ind(right, left, equal_var=False).confidence_interval(0.9)
+    found = pooled_interval(left, right, 0.9)
+    expected = ttest_ind(right, left).confidence_interval(0.9)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.mean == pytest.approx(21.5 / 3 - 10.5 / 4)
     assert found.n == 7
 
 
-def test_a_difference_from_a_single_value_is_open() -> None:
-    assert welch_interval([1.0], [2.0, 3.0]) == Interval(1.5, -math.inf, math.inf, 3)
-    assert welch_interval([1.0, 1.0], [2.0, 2.0]) == Interval(1.0, 1.0, 1.0, 4)
+def test_a_difference_of_two_values_is_open() -> None:
+    assert pooled_interval([1.0], [2.5]) == Interval(1.5, -math.inf, math.inf, 2)
+    # One on a side has the other's spread: t of 1 degree of freedom, and a variance of 0.5 x (1 + 1 / 2).
+    found = pooled_interval([1.0], [2.0, 3.0])
+    assert found.high - found.mean == pytest.approx(12.706 * math.sqrt(0.5 * 1.5), rel=1e-3)
+    assert pooled_interval([1.0, 1.0], [2.0, 2.0]) == Interval(1.0, 1.0, 1.0, 4)
     with pytest.raises(ValueError, match="both sides"):
-        welch_interval([], [1.0])
+        pooled_interval([], [1.0])
 
 
 def test_a_wider_confidence_is_a_wider_interval() -> None:

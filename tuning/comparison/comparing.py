@@ -158,8 +158,9 @@ def compare_runs(folders: Sequence[RunFolder], title: str, reference: RunFolder 
     Args:
         folders: at least two runs, in any order; one that is named twice counts once.
         title: in words.
-        reference: a run of the configuration that all others are compared with; without it that of the least mean
-            loss among those with the most seeds, because the least of many single runs is luck in part.
+        reference: a run of the configuration that all others are compared with; without it, or if none of its runs has
+            finished, that of the least mean loss among those with the most seeds, because the least of many single runs
+            is luck in part.
 
     Raises:
         UserError: there are too few, or one cannot be read.
@@ -172,7 +173,7 @@ def compare_runs(folders: Sequence[RunFolder], title: str, reference: RunFolder 
     tokens = matched_tokens(runs)
     configurations = tuple(_ranked(_grouped(runs, keys, tokens), keys))
     wanted = reference.path if reference is not None else None
-    named = [each for each in configurations if any(run.folder.path == wanted for run in each.runs)]
+    named = [each for each in configurations if each.losses and any(run.folder.path == wanted for run in each.runs)]
     chosen = named[0] if named else _best(configurations)
     return Comparison(title, runs, configurations, keys, tokens, chosen)
 

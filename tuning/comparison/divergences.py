@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tuning.comparison.comparing import Comparison
-from tuning.comparison.effects import Side, splits
+from tuning.comparison.effects import Side, is_grid, splits
 
 _LEVEL = 0.05
 _SHUFFLES = 1000
@@ -30,8 +30,8 @@ class Pattern:
     diverged_elsewhere: int
     runs_elsewhere: int
     chance: float
-    """Of a pattern as clear as this, of as many keys, if divergences fell on runs blindly: all that were looked at
-    count, so that the best of many is no luck."""
+    """Of a pattern as clear as this, of as many keys, if divergences fell blindly: all that were looked at count, so
+    that the best of many is no luck. In a grid they fall on runs, otherwise on configurations with all their seeds."""
 
     bound: float
     """The same by Bonferroni: coarser, but it goes on where no shuffle came near."""
@@ -75,8 +75,8 @@ def _clearest(comparison: Comparison, kinds: Sequence[Kind]) -> Pattern | None:
     members_KR, sizes_K = members_KR[some_K], sizes_K[some_K]
     own_K = chances_NL[sizes_K, (members_KR @ lost_R).astype(int)]
     best = int(own_K.argmin())
-    random = np.random.default_rng(0)
-    shuffled_SR = random.permuted(np.tile(lost_R, (_SHUFFLES, 1)), axis=1)
+    units = range(len(runs)) if is_grid(comparison) else [comparison.number_of[run.info.id] for run in runs]
+    shuffled_SR = _shuffled(lost_R, units)
     as_clear = 0
     for some_SR in np.array_split(shuffled_SR, _PARTS):
         least_S = chances_NL[sizes_K[:, None], (members_KR @ some_SR.T).astype(int)].min(axis=0)
@@ -85,6 +85,23 @@ def _clearest(comparison: Comparison, kinds: Sequence[Kind]) -> Pattern | None:
     size, inside, total = int(sizes_K[best]), int(members_KR[best] @ lost_R), int(lost_R.sum())
     chance = (as_clear + 1) / (_SHUFFLES + 1)
     return Pattern(kind, inside, size, total - inside, len(runs) - size, chance, float(own_K[best]) * len(own_K))
+
+
+def _shuffled(lost_R: npt.NDArray[np.float32], units: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Which runs are lost if what became of each unit had become of another one with as many runs.
+
+    ``units`` has the number of each run's.
+    """
+    random = np.random.default_rng(0)
+    shuffled_SR = np.tile(lost_R, (_SHUFFLES, 1))
+    runs_of: dict[int, list[int]] = {}
+    for place, unit in enumerate(units):
+        runs_of.setdefault(unit, []).append(place)
+    for size in sorted({len(places) for places in runs_of.values()}):
+        places_CN = np.array([places for places in runs_of.values() if len(places) == size])
+        order_SC = random.permuted(np.tile(np.arange(len(places_CN)), (_SHUFFLES, 1)), axis=1)
+        shuffled_SR[:, places_CN.ravel()] = lost_R[places_CN][order_SC].reshape(_SHUFFLES, -1)
+    return shuffled_SR
 
 
 def _chances(runs: int, marked: int) -> npt.NDArray[np.float64]:

@@ -76,7 +76,7 @@ def early_point(comparison: Comparison) -> Early | None:
         for run in comparison.runs
         if run.state != "diverged" and "val/loss" in run.history.series
     }
-    runs = [run for run in comparison.runs if places.get(run.info.id)]
+    runs = _of_common_seeds([run for run in comparison.runs if places.get(run.info.id)])
     at_end = sum(comparison.loss(run) is not None for run in runs)
     if 2 * at_end > len(runs):
         return None
@@ -87,14 +87,14 @@ def early_point(comparison: Comparison) -> Early | None:
     if most <= at_end:
         return None
     tokens = max(place for place, number in reached.items() if number >= _NEARLY_ALL * most)
-    there = _of_common_seeds([run for run in runs if tokens in places[run.info.id]])
+    there = tuple(run for run in runs if tokens in places[run.info.id])
     return Early(tokens, there, sum(run.state == "finished" for run in there))
 
 
 def _of_common_seeds(runs: Sequence[ComparedRun]) -> tuple[ComparedRun, ...]:
     """Without those of seeds that only a few configurations have: they were run again because they did well."""
     numbers = Counter(run.seed for run in runs)
-    fewest = max(numbers.values()) / 2
+    fewest = max(numbers.values(), default=0) / 2
     return tuple(run for run in runs if numbers[run.seed] >= fewest)
 
 

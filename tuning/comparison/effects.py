@@ -1,20 +1,21 @@
 """What a key does: runs on one side of a split of its values against those on the other.
 
 Where there are runs that differ in this key alone, those are compared, block by block: their other keys and their seed
-are the same. Otherwise (a random search has none) all runs of one side are compared with all of the other. The
-intervals are as much wider than 95 % as there are splits looked at for a measure, so that the best of many is no luck
-(Bonferroni).
+are the same. Otherwise (a random search has none) all configurations of one side are compared with all of the other,
+each by the mean over its seeds, for those share whatever else is peculiar to it. The intervals are as much wider than
+95 % as there are splits looked at for a measure, so that the best of many is no luck (Bonferroni).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb, inf
 from statistics import fmean
 
 from pipelines.flatten import Scalar
 from tuning.comparison.comparing import Comparison
 from tuning.comparison.keys import is_numeric, shown
 from tuning.comparison.runs import ComparedRun
-from tuning.statistics import CONFIDENCE, Interval, interval, welch_interval
+from tuning.statistics import CONFIDENCE, Interval, interval, pooled_interval
 
 # Of a numeric key: more of them say hardly more, and all intervals are wider for it.
 _MOST_SPLITS = 8
@@ -122,6 +123,21 @@ def _side(key: str, values: Sequence[Scalar], phrase: str, against: str | None =
     return Side(key, frozenset(values), phrase, against or f"from {shown(values[0])} on")
 
 
+def is_grid(comparison: Comparison) -> bool:
+    """Whether every key has configurations that differ in it alone, so that it is seeds that are drawn.
+
+    Of a random search it is the configurations that are drawn, and what one of them does with all of its seeds may be
+    peculiar to it.
+    """
+    return all(_differs_alone(comparison, key) for key in comparison.keys)
+
+
+def _differs_alone(comparison: Comparison, key: str) -> bool:
+    others = [other for other in comparison.keys if other != key]
+    places = [tuple((k in each.values, each.values.get(k)) for k in others) for each in comparison.configurations]
+    return len(set(places)) < len(places)
+
+
 def same_runs(comparison: Comparison, side: Side, runs: Sequence[ComparedRun]) -> list[Side]:
     """Sides of other keys that hold the same of these runs, one for each key: the runs cannot tell them apart."""
     wanted = [side.has(run) for run in runs]
@@ -161,15 +177,40 @@ def _effect(comparison: Comparison, split: Split, runs: Sequence[Measured], conf
     if len(blocks) > 1:
         values = [([value for _, value in left], [value for _, value in right]) for left, right in blocks]
         difference = interval([fmean(right) - fmean(left) for left, right in values], confidence)
+        # With nothing in them each would be as likely on the other side.
+        difference = _unless_luck(difference, 2.0 ** (1 - len(blocks)), confidence)
         means = fmean(fmean(left) for left, _ in values), fmean(fmean(right) for _, right in values)
         used = tuple(run for block in blocks for side in block for run, _ in side)
         return Effect(split, *means, difference, len(blocks), used)
     both = [[(run, value) for run, value in runs if side.has(run)] for side in (split.left, split.right)]
-    left, right = ([value for _, value in side] for side in both)
-    if not left or not right:
+    if not all(both):
         return None
+    left, right = (_by_configuration(comparison, side) for side in both)
+    if len(left) == len(right) == 1:
+        # Of two configurations there is nothing but their seeds to go by.
+        left, right = ([value for _, value in side] for side in both)
     used = tuple(run for side in both for run, _ in side)
-    return Effect(split, fmean(left), fmean(right), welch_interval(left, right, confidence), 0, used)
+    difference = pooled_interval(left, right, confidence)
+    difference = _unless_luck(difference, 2 / comb(difference.n, len(left)), confidence)
+    return Effect(split, fmean(left), fmean(right), difference, 0, used)
+
+
+def _unless_luck(difference: Interval, chance: float, confidence: float) -> Interval:
+    """An open interval where values without any spread are so few that they may well be so by chance.
+
+    Counts as of spikes often are, and a t-interval of no width would make them the surest of all.
+    """
+    if difference.low < difference.high or not difference.mean or chance <= 1 - confidence:
+        return difference
+    return Interval(difference.mean, -inf, inf, difference.n)
+
+
+def _by_configuration(comparison: Comparison, runs: Sequence[Measured]) -> list[float]:
+    """The mean of each one's."""
+    values: dict[int, list[float]] = {}
+    for run, value in runs:
+        values.setdefault(comparison.number_of[run.info.id], []).append(value)
+    return [fmean(own) for own in values.values()]
 
 
 def _blocks(

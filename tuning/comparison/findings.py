@@ -205,7 +205,9 @@ def _bound(difference: Interval) -> float:
 def _basis(effect: Effect) -> str:
     if effect.blocks:
         return f"{effect.blocks} blocks of runs that differ in it alone"
-    return f"{len(effect.runs)} runs that differ in other keys too"
+    number = effect.difference.n
+    of = f" of {number} configurations" if number < len(effect.runs) else ""
+    return f"{len(effect.runs)} runs{of} that differ in other keys too"
 
 
 def _plus_minus(difference: Interval, digits: int) -> str:

@@ -75,13 +75,16 @@ def test_the_end_of_a_short_run_is_not_on_the_way() -> None:
     assert (found.tokens, len(found.runs), found.finished) == (15 * TOKENS_PER_STEP, 4, 1)
 
 
-def test_further_seeds_of_the_winners_have_no_part_in_it() -> None:
-    # They were run because they did well: with them a rate would be judged by its best.
-    again = [Made(f"r0-s{seed}", lr("1e-4"), seed) for seed in (1, 2)]
-    found = early_point(compared(*stopped(None, 7, 7, 7, 7, 7, 7), *again))
+@pytest.mark.parametrize(("finished", "pruned"), [(1, 6), (4, 8)])
+def test_further_seeds_of_the_winners_have_no_part_in_it(finished: int, pruned: int) -> None:
+    # They were run because they did well: with them a rate would be judged by its best, and with four finalists most of
+    # the runs would have come to the end.
+    every = finished + pruned
+    again = [Made(f"r{n}-s{seed}", lr(f"{n + 1}e-4"), seed) for n in range(finished) for seed in (1, 2)]
+    found = early_point(compared(*stopped(*[None] * finished, *[7] * pruned), *again))
     assert found is not None
-    assert {run.info.name for run in found.runs} == {f"r{number}" for number in range(7)}
-    assert found.finished == 1
+    assert {run.info.name for run in found.runs} == {f"r{number}" for number in range(every)}
+    assert found.finished == finished
 
 
 def pruned(steps: tuple[float, ...] = (0.20, 0.22, 0.24, 0.26, 0.28, 0.30)) -> list[Made]:

@@ -1,8 +1,10 @@
 """Findings in words, from runs whose effects are known."""
 
+from dataclasses import replace
 from itertools import product
 from math import comb
 
+import numpy as np
 import pytest
 from scipy.stats import fisher_exact
 
@@ -68,6 +70,60 @@ def test_runs_that_differ_in_other_keys_too_are_compared_as_a_whole() -> None:
     assert [effect.blocks for effect in found] == [0, 0, 0]
     assert [effect.difference.mean for effect in found] == pytest.approx([2.0, 2.0, 2.0])
     assert [len(effect.runs) for effect in found] == [4, 4, 4]
+
+
+def at_random(configurations: int, seeds: int) -> Comparison:
+    """A random search over four keys, of which none does anything."""
+    draw = np.random.default_rng(3)
+    made = []
+    for n in range(configurations):
+        rate, decay, beta1, beta2 = draw.uniform(0.1, 0.9, 4)
+        settings = (
+            f"optimizer.lr={rate / 100:.5f}",
+            f"optimizer.weight_decay={decay:.4f}",
+            f"optimizer.beta1={beta1:.4f}",
+            f"optimizer.beta2={beta2:.4f}",
+        )
+        made += [Made(f"m{n}-s{seed}", settings, seed) for seed in range(seeds)]
+    return compared(*made)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_of_a_random_search_in_which_no_key_does_anything_little_is_told(seeds: int) -> None:
+    found, draw = at_random(16, seeds), np.random.default_rng(1)
+    told = 0
+    for _ in range(100):
+        # Seeds of a configuration are alike, as they are where something else about it matters.
+        own = {each.number: draw.normal() for each in found.configurations}
+        losses = {run.info.id: own[found.number_of[run.info.id]] + 0.2 * draw.normal() for run in found.runs}
+        every = effects(found, lambda run, losses=losses: losses[run.info.id])  # type: ignore[misc]
+        told += any(effect.is_seen for split in every.values() for effect in split)
+    # 5 in 100 at most by right; more than 12 have a chance of one in a thousand then.
+    assert told <= 12
+
+
+def test_of_a_random_search_one_configuration_that_diverges_with_all_seeds_is_no_pattern() -> None:
+    found = at_random(16, 3)
+    seen = 0
+    for each in found.configurations:
+        lost = {run.info.id for run in each.runs}
+        runs = tuple(replace(run, state="diverged") if run.info.id in lost else run for run in found.runs)
+        pattern = pattern_of_divergences(replace(found, runs=runs))
+        assert pattern is not None
+        seen += pattern.is_seen
+    assert seen == 0
+
+
+def test_a_few_values_without_any_spread_are_no_certainty() -> None:
+    # One spike more in each of two blocks: with nothing in it, that is what one pair in two does.
+    few = compared(*many(lr("1e-3"), [3.0, 3.0], "a"), *many(lr("3e-3"), [3.0, 3.0], "b"))
+    spikes = {run.info.id: float(run.settings["optimizer.lr"] == 3e-3) for run in few.runs}
+    (effect,) = effects(few, lambda run: spikes[run.info.id])["optimizer.lr"]
+    assert (effect.blocks, effect.difference.mean, effect.is_seen) == (2, 1.0, False)
+    many_blocks = compared(*many(lr("1e-3"), [3.0] * 6, "a"), *many(lr("3e-3"), [3.0] * 6, "b"))
+    spikes = {run.info.id: float(run.settings["optimizer.lr"] == 3e-3) for run in many_blocks.runs}
+    (effect,) = effects(many_blocks, lambda run: spikes[run.info.id])["optimizer.lr"]
+    assert (effect.blocks, effect.is_seen) == (6, True)
 
 
 def test_keys_that_the_runs_cannot_tell_apart_are_both_named() -> None:
