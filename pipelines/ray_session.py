@@ -67,7 +67,7 @@ def connect(environment: Mapping[str, str] | None = None) -> Iterator[dict[str, 
     runtime = {"env_vars": dict(environment)} if environment else None
     # Workers' output stays in Ray's own logs: what a run has to say comes through its spool, and what went wrong
     # through the exception.
-    with _own_sigterm():
+    with own_sigterm():
         if address:
             _refuse_silent(address)
             try:
@@ -86,15 +86,23 @@ def connect(environment: Mapping[str, str] | None = None) -> Iterator[dict[str, 
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the process's own handler of SIGTERM: ``ray.init`` sets one that ends it with code 15 and no word."""
+def own_sigterm() -> Iterator[None]:
+    """Keep the process's own handler of SIGTERM: ``ray.init`` sets one that ends it with code 15 and no word.
+
+    Without an own one Ray's stays, for otherwise its processes would be left behind.
+    """
     own = signal.getsignal(signal.SIGTERM)
+    if not callable(own):
+        yield
+        return
     try:
         yield
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        # Without one Ray's is better than none, which would leave its processes behind.
-        if callable(own):
-            signal.signal(signal.SIGTERM, own)
+        signal.signal(signal.SIGTERM, own)
 
 
 @contextmanager

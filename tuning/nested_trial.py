@@ -87,11 +87,11 @@ class NestedTrial(tune.Trainable):  # type: ignore[misc]
         """End the workers in order, at their rung or at the next step: they outlive this actor, and hold their CPUs."""
         end = time.monotonic() + _END_S
         while not self._training.done() and time.monotonic() < end:
+            # Both: workers that stood at the rung may have begun again from a checkpoint behind it.
             if (rung := self._rung()) is not None:
                 close_gate(self._folder, rung[0])
-            else:
-                with suppress(OSError):  # no room on the disk: again in a moment
-                    self._folder.stop.touch()
+            with suppress(OSError):  # no room on the disk: again in a moment
+                self._folder.stop.touch()
             wait([self._training], timeout=_POLL_S)
 
     def _rung(self) -> tuple[int, float] | None:

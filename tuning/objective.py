@@ -76,9 +76,12 @@ def configurations(trials: Iterable[TrialState]) -> list[Configuration]:
     ]
 
 
-def ranked(found: Sequence[Configuration], objective: ObjectiveConfig) -> list[Configuration]:
+def ranked(found: Sequence[Configuration], objective: ObjectiveConfig, seeds: int = 0) -> list[Configuration]:
     """The best first: what finished and keeps the constraints by its loss, then what exceeds one by how much, then what
-    was pruned by how far it came, then what diverged, the earliest last."""
+    was pruned by how far it came, then what diverged, the earliest last.
+
+    What finished with ``seeds`` seeds at least comes before what has fewer, whose least loss is luck in part.
+    """
 
     def key(configuration: Configuration) -> tuple[float, ...]:
         kind = _ORDER.index(configuration.outcome)
@@ -86,15 +89,10 @@ def ranked(found: Sequence[Configuration], objective: ObjectiveConfig) -> list[C
         finished = configuration.outcome == "finished"
         broken = sum(by for by in configuration.violations(objective).values() if by > 0) if finished else 0.0
         far = 0.0 if finished else -fmean(trial.step for trial in configuration.trials)
-        return (kind, broken, far, loss if loss is not None else float("inf"), configuration.number)
+        few = finished and len(configuration.trials) < seeds
+        return (kind, broken, far, few, loss if loss is not None else float("inf"), configuration.number)
 
     return sorted(found, key=key)
-
-
-def confirmed(found: Sequence[Configuration], seeds: int) -> list[Configuration]:
-    """Those that were trained with at least so many seeds; all where none was."""
-    final = [configuration for configuration in found if len(configuration.trials) >= seeds]
-    return final or list(found)
 
 
 def figures(measures: Mapping[str, float], step: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from pipelines.checkpoint_manifest import checkpoint_folders, step_of
-from pipelines.command_line import EXIT_DONE, EXIT_INTERRUPTED, run_command
+from pipelines.command_line import EXIT_DEFECT, EXIT_DONE, EXIT_INTERRUPTED, run_command
 from pipelines.config import RunConfig, TrackingConfig
 from pipelines.errors import UserError
 from pipelines.home import refuse_unwritable_home
@@ -53,8 +53,7 @@ def run(arguments: SweepArguments) -> int:
     """One sweep, new or resumed; returns the exit code.
 
     Raises:
-        UserError: the sweep, its text, the tracking store or the cluster do not allow it.
-        RuntimeError: trials fail whatever their values.
+        UserError: the sweep, its text, the tracking store or the cluster do not allow it, or no config could be used.
     """
     console = Console()
     resumed = find_sweep(arguments.resume) if arguments.resume is not None else None
@@ -79,11 +78,21 @@ def run(arguments: SweepArguments) -> int:
         view = sweep_view(sweep_run.info.id, sweep_run.info.name, plan.keys)
         publish_sweep_view(store.client, sweep_run.info.experiment_id, view)
         with sweep_run:
-            stopped = _run(_Setting(plan, sweep_run, shards, config, store, slots), interrupts, console)
+            stopped, failure = _run(_Setting(plan, sweep_run, shards, config, store, slots), interrupts, console)
             outcome = conclude_sweep(plan, sweep_run)
-            if stopped:
+            if failure is not None:
+                sweep_run.status = "FAILED"
+            elif stopped:
                 sweep_run.status = "KILLED"
-    return _tell(sweep_run, outcome, view, stopped, console)
+    _tell(sweep_run, outcome, view, console)
+    if stopped or failure is not None:
+        print_line(console, f"The sweep ended early. To go on: steadymoe sweep --resume {sweep_run.info.name}")
+    if isinstance(failure, UserError):
+        raise failure
+    if failure is not None:
+        print(f"error: {failure}", file=sys.stderr)
+        return EXIT_DEFECT
+    return EXIT_INTERRUPTED if stopped else EXIT_DONE
 
 
 def _slots(sweep: SweepConfig, config: RunConfig) -> int:
@@ -122,8 +131,8 @@ class _Setting:
     slots: int
 
 
-def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
-    """Run trials as long as the budget goes; whether the user stopped it."""
+def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> tuple[bool, Exception | None]:
+    """Run trials as long as the budget goes; whether the user stopped it, and why it cannot go on, if so."""
     plan, sweep_run, config = setting.plan, setting.run, setting.config
     stop, asked = threading.Event(), False
     per_step = config.data.global_batch_size * config.data.sequence_length
@@ -182,11 +191,9 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> bool:
     # The report is made of what runs have in their folders, and without MLflow a trial is no run.
     remedy = f"; when it answers, steadymoe sweep --resume {sweep_run.info.name} tells it and completes the report"
     say_what_is_untold(trials.untold, console, remedy)
-    if trials.failure is not None:
-        raise trials.failure
     if queue.exhausted is not None:
         print_line(console, f"The search is over: {queue.exhausted}.")
-    return asked
+    return asked, trials.failure
 
 
 def _scheduler(plan: SweepPlan, run: SweepRun, trials: SweepTrials) -> "Callable[[], TrialScheduler] | None":
@@ -232,10 +239,21 @@ def _in_words(plan: SweepPlan, config: RunConfig, slots: int) -> str:
     )
 
 
-def _tell(sweep_run: SweepRun, outcome: SweepOutcome, view: View, stopped: bool, console: Console) -> int:
-    if not outcome.order:
+def _tell(sweep_run: SweepRun, outcome: SweepOutcome, view: View, console: Console) -> None:
+    """What came of it, and where everything is."""
+    if outcome.order:
+        _tell_order(outcome, console)
+        page = sweep_run.folder.figures / PAGE
+        if page.exists():
+            print_line(console, f"Report    {page}")
+    else:
         print_line(console, "No trial has come to its end yet.")
-        return _tell_place(sweep_run, view, stopped, console)
+    print_links(sweep_run.folder, view, console)
+    if sweep_run.undelivered:
+        print_line(console, sweep_run.undelivered)
+
+
+def _tell_order(outcome: SweepOutcome, console: Console) -> None:
     console.print()
     console.print(outcome.table())
     for sentence in outcome.findings:
@@ -245,21 +263,6 @@ def _tell(sweep_run: SweepRun, outcome: SweepOutcome, view: View, stopped: bool,
         print_line(console, f"  steadymoe train {outcome.best_file}")
     else:
         print_line(console, "No configuration finished within the constraints, so there is no best one.")
-    page = sweep_run.folder.figures / PAGE
-    if page.exists():
-        print_line(console, f"Report    {page}")
-    return _tell_place(sweep_run, view, stopped, console)
-
-
-def _tell_place(sweep_run: SweepRun, view: View, stopped: bool, console: Console) -> int:
-    """Where everything is, and how to go on; the exit code."""
-    print_links(sweep_run.folder, view, console)
-    if sweep_run.undelivered:
-        print_line(console, sweep_run.undelivered)
-    if stopped:
-        print_line(console, f"The sweep ended early. To go on: steadymoe sweep --resume {sweep_run.info.name}")
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

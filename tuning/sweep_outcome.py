@@ -12,7 +12,7 @@ from pipelines.run_folder import RunFolder, write_json, write_whole
 from tuning.comparison.comparing import compare_runs
 from tuning.comparison.findings import findings
 from tuning.comparison.page import PAGE, write_report
-from tuning.objective import LOSS, Configuration, configurations, confirmed, ranked
+from tuning.objective import LOSS, Configuration, configurations, ranked
 from tuning.sweep_config import PbtSchedulerConfig
 from tuning.sweep_journal import SweepJournal
 from tuning.sweep_loading import SweepPlan, plain_config
@@ -88,10 +88,9 @@ def _loss_words(one: Configuration) -> str:
 def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
     """Rank what there is, and leave report and best config where the run's end brings them to MLflow."""
     config, trials = plan.config, run.journal.trials.values()
-    order = ranked(configurations(trials), config.objective)
     # What lost a seed in the final leaves its place to those that were not in it.
-    candidates = [*(confirmed(order, config.confirm.seeds) if config.confirm is not None else ()), *order]
-    best = next((one for one in candidates if one.is_feasible(config.objective)), None)
+    order = ranked(configurations(trials), config.objective, config.confirm.seeds if config.confirm else 0)
+    best = next((one for one in order if one.is_feasible(config.objective)), None)
     outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST, _compare(plan, run, best))
     write_whole(run.folder.figures / RANKING, outcome.report())
     write_json(run.folder.figures / "results.json", _as_table(plan, order))
@@ -147,8 +146,10 @@ def _evidence(outcome: SweepOutcome, best: Configuration) -> str:
         f"Of {len(outcome.order)} configurations {counts['finished']} finished, {counts['pruned']} were pruned and "
         f"{counts['diverged']} diverged.",
     ]
-    if plan.config.confirm is not None and len(best.trials) < plan.config.confirm.seeds:
-        lines.append(f"Not confirmed: none of the final kept all constraints with {plan.config.confirm.seeds} seeds.")
+    if plan.config.confirm is not None and len(best.trials) < (seeds := plan.config.confirm.seeds):
+        was_held = any(len(one.trials) >= seeds for one in outcome.order)
+        kept_none = f"none of the final kept all constraints with {seeds} seeds"
+        lines.append(f"Not confirmed: {kept_none if was_held else 'the final was not held to its end'}.")
     if objective.constraints:
         kept = [
             f"{name} {_measured(best.mean(name))} (at most {most:g})" for name, most in objective.constraints.items()

@@ -84,7 +84,8 @@ class SweepProgress:
         # Without the trials that run: a finalist is among the best while its further seeds do.
         over = (trial for trial in self._journal.trials.values() if trial.ended)
         found = [one for one in configurations(over) if one.outcome == "finished"]
-        return ranked(found, self._plan.config.objective)[:_SHOWN]
+        confirm = self._plan.config.confirm
+        return ranked(found, self._plan.config.objective, confirm.seeds if confirm else 0)[:_SHOWN]
 
     @staticmethod
     def _loss(one: Configuration) -> str:

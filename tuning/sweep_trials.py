@@ -72,12 +72,11 @@ class SweepTrials(TrialSource):
         self._plan, self._run, self._queue, self._shards = plan, run, queue, shards
         self._stop, self._concurrent, self._on_end = stop, concurrent, on_end
         self._journal: SweepJournal = run.journal
-        for trial in list(self._journal.trials.values()):
-            if trial.ended is not None and trial.ended.outcome == "failed":
-                # What was wrong with the machine may be mended by now.
-                self._journal.add(Again(trial.begun.name))
-        self._unfinished = [trial.begun for trial in self._journal.trials.values() if trial.ended is None]
-        self._resumed = frozenset(begun.name for begun in self._unfinished)
+        known = self._journal.trials.values()
+        self._unfinished = [trial.begun for trial in known if trial.ended is None]
+        # What was wrong with the machine may be mended by now.
+        self._failed = [trial.begun for trial in known if trial.ended and trial.ended.outcome == "failed"]
+        self._resumed = frozenset(begun.name for begun in (*self._unfinished, *self._failed))
         self._tracked: dict[str, TrackedTrial] = {}
         self._started: dict[str, float] = {}
         self._steps = steps
@@ -101,16 +100,20 @@ class SweepTrials(TrialSource):
         """The next trial."""
         if self._saving:
             return "end"
-        while self._unfinished:
+        while self._unfinished and self._was_stopped(self._unfinished[0].name):
+            # Killed between the scheduler's word and the trial's end.
             begun = self._unfinished.pop(0)
-            if self._was_stopped(begun.name):
-                # Killed between the scheduler's word and the trial's end.
-                self._track(begun)
-                self._over(begun.name, "pruned", None)
-            else:
-                return begun.name, self._job(begun)
+            self._track(begun)
+            self._over(begun.name, "pruned", None)
         if len(self._tracked) >= self._concurrent:
             return "wait"
+        if self._unfinished:
+            begun = self._unfinished.pop(0)
+            return begun.name, self._job(begun)
+        if self._failed:
+            begun = self._failed.pop(0)
+            self._journal.add(Again(begun.name))
+            return begun.name, self._job(begun)
         match self._queue.next():
             case "wait" | "end" as word:
                 return word
@@ -204,6 +207,8 @@ class SweepTrials(TrialSource):
 
     def _fail(self, name: str, failure: Exception) -> None:
         self._over(name, "failed", str(failure))
+        if name in self._resumed:
+            return  # it may fail whenever it is begun, and the others are worth the try
         outcomes = [trial.ended.outcome for trial in self._journal.trials.values() if trial.ended]
         # Of a config that training cannot use there may be many in a space.
         self._in_a_row += isinstance(failure, RuntimeError)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tuning.objective import Configuration, configurations, confirmed, figures, ranked
+from tuning.objective import Configuration, configurations, figures, ranked
 from tuning.suggest import Verdict
 from tuning.sweep_config import ObjectiveConfig
 from tuning.sweep_journal import Begun, Ended, Exploit, TrialOutcome, TrialState
@@ -80,11 +80,14 @@ def test_the_order_is_that_by_hand() -> None:
     assert [one.number for one in order] == [one.begun.number for one in best_first]
 
 
-def test_the_final_is_between_those_with_all_its_seeds() -> None:
-    one = configuration(trial(0, 1.0))
-    pair = configuration(trial(1, 2.0), trial(1, 2.0, seed=1))
-    assert confirmed([one, pair], 2) == [pair]
-    assert confirmed([one, pair], 3) == [one, pair]
+def test_what_has_all_seeds_of_the_final_comes_before_a_lower_loss_with_fewer() -> None:
+    one, broken = configuration(trial(0, 1.0)), configuration(trial(3, 0.5, dead_experts=9.0))
+    pairs = [configuration(trial(n, 2.0 + n), trial(n, 2.0 + n, seed=1)) for n in (1, 2)]
+    lost = configuration(trial(4, 1.0), trial(4, 5.5, "diverged", 9, seed=1))
+    assert ranked([one, lost, *pairs, broken], FEW_DEAD, 2) == [*pairs, one, broken, lost]
+    assert ranked([one, lost, *pairs, broken], FEW_DEAD) == [one, *pairs, broken, lost]
+    # Where nothing has them all, none is put back.
+    assert ranked([one, *pairs], FEW_DEAD, 3) == [one, *pairs]
 
 
 def test_a_verdict_has_the_mean_losses_and_by_how_much_constraints_are_exceeded() -> None:

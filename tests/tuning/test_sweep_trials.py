@@ -228,6 +228,48 @@ def test_trials_that_failed_are_taken_up_again_when_the_sweep_goes_on(tmp_path: 
     assert {trial.data.tags["outcome"] for trial in found.values()} == {"finished"}
 
 
+def test_trials_that_fail_whenever_they_are_begun_do_not_end_a_sweep_that_goes_on(
+    tmp_path: Path, store: TrackingStore
+) -> None:
+    six = plan(tmp_path, space={"optimizer.lr": {"kind": "grid", "values": [n / 1000 for n in range(1, 7)]}})
+    with begun(six, store) as (run, trials):
+        failed = []
+        for _ in range(2):
+            failed.append(fail_next(trials))
+            run_next(trials)
+        failed.append(fail_next(trials))
+    resumed = SweepRun.reopen(six.config, store, run.folder, "digest")
+    with resumed:
+        again = trials_of(six, resumed, store)
+        # No more at a time than ever: the third waits.
+        both = [again.next(), again.next()]
+        assert again.next() == "wait"
+        for given in both:
+            assert isinstance(given, tuple)
+            again.started(given[0])
+            again.failed(given[0], "its actors died")
+        assert [given[0] for given in both] == failed[:2]
+        assert fail_next(again) == failed[2]
+        run_next(again)
+        assert again.failure is None
+        assert again.next() == "end"
+        again.close()
+    outcomes = [trial.ended.outcome for trial in resumed.journal.trials.values() if trial.ended]
+    assert (outcomes.count("failed"), outcomes.count("finished")) == (3, 3)
+
+
+def test_failed_trials_that_were_not_begun_again_stay_as_they_ended(tmp_path: Path, store: TrackingStore) -> None:
+    with begun(plan(tmp_path), store) as (run, trials):
+        name = fail_next(trials)
+    resumed = SweepRun.reopen(plan(tmp_path).config, store, run.folder, "digest")
+    with resumed:
+        trials_of(plan(tmp_path), resumed, store).close()
+    ended = SweepJournal.read(run.folder.path / JOURNAL).trials[name].ended
+    assert ended is not None
+    assert ended.outcome == "failed"
+    assert in_mlflow(store, run)[name].info.status == "FAILED"
+
+
 def test_a_config_that_training_cannot_use_is_a_failed_trial_and_the_others_go_on(
     tmp_path: Path, store: TrackingStore
 ) -> None:
