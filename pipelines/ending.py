@@ -1,6 +1,7 @@
 """How a run ended, written down in its folder for the delivery to bring to MLflow."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.config import RunConfig
@@ -49,6 +50,12 @@ def ending_of(
         "final/steps_lost": float(steps_lost(events)),
     }
     return {"status": status, "time_ms": ended_ms, "metrics": metrics, "tags": tags}
+
+
+def parent_ending(status: Status, description: str, figures: Mapping[str, float]) -> dict[str, Any]:
+    """The same of a run that trains nothing itself, ended now."""
+    now = time.time_ns() // 1_000_000
+    return {"status": status, "time_ms": now, "metrics": dict(figures), "tags": {DESCRIPTION_TAG: description}}
 
 
 def end_if_orphaned(folder: RunFolder) -> None:

@@ -135,7 +135,7 @@ def read_document(name: str, folder: Path, what: str) -> tuple[str, Document]:
         return name, parse_document(_text(Path(name)), name)
     names = preset_names(folder)
     if name not in names:
-        hint = f" (a file's name should end in {FILE_SUFFIX})" if Path(name).is_file() else ""
+        hint = f" (a file's name should end in {FILE_SUFFIX})" if Path(name).exists() else ""
         near = nearest(name, names)
         meant = f"; did you mean {near}?" if near else "."
         raise UserError(f"unknown {what} {name!r}{hint}{meant} {_PLURALS[what]}: {', '.join(names)}")

@@ -12,6 +12,9 @@ from pipelines.yaml_text import Path, describe
 
 # "Input should be ..., List should have ...": the key that stands before says what it is.
 _SUBJECT = re.compile(r"^\w+ should")
+# What pydantic calls the key of a mapping, as against its value.
+_OF_A_KEY = "[key]"
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 def explain(error: ValidationError, root: type[BaseModel], origins: Mapping[Path, str]) -> str:
@@ -65,6 +68,9 @@ def _line(problem: ErrorDetails, root: type[BaseModel], origins: Mapping[Path, s
             text = f"should be a mapping of keys, got {describe(value)}"
             if isinstance(value, str) and value in _kinds_at(path, root):
                 text += f"; did you mean {{{KIND}: {value}}}?"
+        case "literal_error" if path and path[-1] == _OF_A_KEY:
+            path = path[:-1]
+            text = f"unknown; {did_you_mean(str(value), _QUOTED.findall(problem['ctx']['expected']))}"
         case "string_type" if isinstance(value, int | float):
             text = f"should be text, got {describe(value)}; quote it if it is meant as text"
         case _:

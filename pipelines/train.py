@@ -87,7 +87,7 @@ def run(arguments: TrainArguments) -> int:
         )
         if init_from:
             tracker.folder.write_init_from(init_from)
-        end_orphans_in_background(tracker.store)
+        end_orphans_in_background(tracker.store, parents=True)
         with tracker, RunProgress(tracker.folder, config.steps, console) as progress:
             progress.phase(f"starting {config.parallel.workers} Ray Train worker(s)")
             ending = fit(config, shards, tracker.folder, progress, interrupts)

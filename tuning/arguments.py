@@ -127,8 +127,10 @@ def _refuse_beside_resume(what: str, names: list[str], print_config: bool, setti
         raise UserError(f"--resume takes the {what} as it was begun, so no name may be given; leave out {names[0]}")
     if print_config:
         raise UserError(f"--print-config shows what a {what} expands to, so it does not go with --resume")
-    if settings:
-        raise UserError(f"--set: a {what} that goes on keeps its config; start a new one for another")
+    if any(setting.partition("=")[0].strip() != "tracking.uri" for setting in settings):
+        raise UserError(
+            f"--set: a {what} that goes on keeps its config, but for tracking.uri; start a new one for another"
+        )
 
 
 class CompareArguments(BaseModel):

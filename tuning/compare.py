@@ -14,6 +14,7 @@ from pipelines.config import TrackingConfig
 from pipelines.errors import UserError
 from pipelines.home import comparisons_dir, refuse_unwritable_home
 from pipelines.job import run_in_job
+from pipelines.orphans import end_orphaned_parents
 from pipelines.run_folder import RunFolder, write_whole
 from pipelines.summary import print_links
 from pipelines.terminal import list_console, print_line
@@ -27,10 +28,8 @@ from tuning.comparison.findings import findings, headline
 from tuning.comparison.page import PAGE, REPORT, write_report
 from tuning.comparison.table import configurations_sheet
 from tuning.comparison.tracked import ComparisonRun
-from tuning.parent_run import end_orphaned_parents
-from tuning.sweep_journal import SweepJournal
-from tuning.sweep_outcome import trial_folders
-from tuning.sweep_run import JOURNAL
+from tuning.sweep_loading import load_sweep
+from tuning.sweep_outcome import compare_trials
 
 _NAMED = 3
 
@@ -79,7 +78,7 @@ def compare_sweep(sweep: RunFolder, out: Path | None) -> int:
     """
     console = list_console()
     refuse_unwritable_home()
-    comparison = compare_runs(trial_folders(sweep), _sweep_title(sweep))
+    comparison = compare_trials(load_sweep(str(sweep.config)), sweep)
     _print(comparison, console)
     page = write_report(comparison, sweep.figures / PAGE)
     if out is not None:
@@ -91,12 +90,6 @@ def compare_sweep(sweep: RunFolder, out: Path | None) -> int:
             store.client.log_artifact(info.id, str(file), sweep.figures.name)
     _say_where(sweep, out or page, console)
     return EXIT_DONE
-
-
-def _sweep_title(sweep: RunFolder) -> str:
-    trials = SweepJournal.read(sweep.path / JOURNAL).trials.values()
-    changed = ", whose values changed on the way: keys are the first ones" if any(t.exploits for t in trials) else ""
-    return f"Sweep {sweep.info.name}{changed}"
 
 
 def _say_where(parent: RunFolder, page: Path, console: Console) -> None:

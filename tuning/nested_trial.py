@@ -51,6 +51,10 @@ class NestedTrial(tune.Trainable):  # type: ignore[misc]
         self._training: Future[Ending] = Future()
         set_defaults()
         forget_gate(self._folder)
+        if self._folder.stop.exists():
+            # It was handed out, and all were asked to stop before it had its turn.
+            self._training.set_result(Ending("stopped", 0, "asked to stop before it began"))
+            return
         threading.Thread(target=self._run, args=(job,), name="training", daemon=True).start()
 
     def _run(self, job: TrialJob) -> None:

@@ -7,22 +7,21 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from pipelines.delivery import Delivery, Drainer
+from pipelines.delivery import Drainer
 from pipelines.description import Status
-from pipelines.ending import DESCRIPTION_TAG
+from pipelines.ending import parent_ending
 from pipelines.errors import UserError
 from pipelines.job import job_tags
 from pipelines.run_folder import (
     RunFolder,
     RunInfo,
-    parent_folders,
     read_json,
     write_json,
     write_whole,
 )
-from pipelines.run_lock import RunBusyError, RunLock
+from pipelines.run_lock import RunLock
 from pipelines.tracking import FINISH_TIMEOUT_S
 from pipelines.tracking_store import TrackingStore, find_tracked_run, shown, store_errors
 
@@ -49,7 +48,7 @@ class ParentRun:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         status: Status = "FINISHED" if error is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
-        ending = _ending(self.status or status, self.description, self.figures)
+        ending = parent_ending(self.status or status, self.description, self.figures)
         write_json(self.folder.ending, ending)
         self.undelivered = self._drainer.finish(FINISH_TIMEOUT_S, ending)
 
@@ -153,28 +152,3 @@ class Stopwatch:
         now = time.monotonic()
         self._progress.add_minutes((now - self._noted) / 60)
         self._noted = now
-
-
-def end_orphaned_parents(store: TrackingStore) -> None:
-    """End the studies, sweeps, replays and comparisons whose driver vanished.
-
-    Their trials are runs, and `pipelines.orphans` ends those.
-    """
-    for folder in parent_folders():
-        if folder.ending.exists() or folder.info.tracking_uri != shown(store.uri):
-            continue
-        try:
-            lock = RunLock(folder)
-        except RunBusyError:
-            continue
-        with store_errors(store.uri):
-            try:
-                write_json(folder.ending, _ending("KILLED", "Stopped: its driver vanished.", {}))
-                Delivery(store.client, folder).send()
-            finally:
-                lock.release()
-
-
-def _ending(status: Status, description: str, figures: Mapping[str, float]) -> dict[str, Any]:
-    now = time.time_ns() // 1_000_000
-    return {"status": status, "time_ms": now, "metrics": dict(figures), "tags": {DESCRIPTION_TAG: description}}

@@ -14,7 +14,7 @@ from pipelines.environment import environment
 from pipelines.home import refuse_unwritable_home
 from pipelines.interrupts import Interrupts
 from pipelines.job import run_in_job
-from pipelines.orphans import end_orphans_in_background
+from pipelines.orphans import end_orphaned_parents, end_orphans_in_background
 from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_at_a_time, uses_gpu, worker_environment
 from pipelines.run_folder import read_json
 from pipelines.shards import Shards
@@ -26,7 +26,6 @@ from pipelines.views import REPLAYS
 from tuning import commands
 from tuning.arguments import ReplayArguments
 from tuning.driving import run_to_end, say_what_is_untold
-from tuning.parent_run import end_orphaned_parents
 from tuning.replay_outcome import ReplayOutcome, conclude_replay
 from tuning.replay_plan import Plan
 from tuning.replay_run import ReplayRun, keep_checkpoint

@@ -135,7 +135,7 @@ def check_space(space: Mapping[str, _Dimension], *, grid: bool) -> None:
                 raise ValueError(f"space.{key}.when.{other}: {impossible[0]!r} is none of {above.values}")
         is_list = isinstance(dimension, ChoiceDimension | GridDimension)
         if grid and not is_list:
-            raise ValueError(f"space.{key}.kind: should be grid or choice with searcher.kind=grid")
+            raise ValueError(f"space.{key}.kind: should be grid or choice with searcher.kind=grid, the default")
         if not grid and isinstance(dimension, GridDimension):
             raise ValueError(f"space.{key}.kind: grid goes with searcher.kind=grid; use choice")
 

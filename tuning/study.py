@@ -16,7 +16,7 @@ from pipelines.home import refuse_unwritable_home
 from pipelines.interrupts import Interrupts
 from pipelines.job import run_in_job
 from pipelines.loading import dump_config
-from pipelines.orphans import end_orphans_in_background
+from pipelines.orphans import end_orphaned_parents, end_orphans_in_background
 from pipelines.progress import clock
 from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_at_a_time, uses_gpu, worker_environment
 from pipelines.run_folder import RunFolder
@@ -31,7 +31,7 @@ from tuning.blocks import Blocks, blocks_of
 from tuning.cost import Cost, block_cost
 from tuning.driving import run_to_end, say_what_is_untold
 from tuning.outcome import Outcome, conclude
-from tuning.parent_run import Stopwatch, end_orphaned_parents
+from tuning.parent_run import Stopwatch
 from tuning.results import TrialResult
 from tuning.study_config import StudyConfig
 from tuning.study_loading import load_study, trial_configs

@@ -19,14 +19,14 @@ from pipelines.home import refuse_unwritable_home
 from pipelines.interrupts import Interrupts
 from pipelines.job import run_in_job
 from pipelines.loading import dump_config
-from pipelines.orphans import end_orphans
+from pipelines.orphans import end_orphaned_parents, end_orphans
 from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_at_a_time, uses_gpu, worker_environment
 from pipelines.run_folder import RunFolder, find_sweep
 from pipelines.saved_view import View
 from pipelines.shards import Shards
 from pipelines.summary import print_links
 from pipelines.sweep_view import sweep_view
-from pipelines.terminal import print_line
+from pipelines.terminal import list_console, print_line
 from pipelines.text import fit_to_text, prepare_shown
 from pipelines.tracking_store import TrackingStore, open_store_in_background, tracking_uri
 from pipelines.view_publishing import publish_sweep_view
@@ -34,7 +34,7 @@ from tuning import commands
 from tuning.arguments import SweepArguments
 from tuning.comparison.page import PAGE
 from tuning.driving import run_to_end, say_what_is_untold
-from tuning.parent_run import Stopwatch, end_orphaned_parents
+from tuning.parent_run import Stopwatch
 from tuning.sweep_config import AshaSchedulerConfig, PbtSchedulerConfig, SweepConfig
 from tuning.sweep_journal import Ended
 from tuning.sweep_loading import SweepPlan, load_sweep, trial_config
@@ -55,7 +55,7 @@ def run(arguments: SweepArguments) -> int:
     Raises:
         UserError: the sweep, its text, the tracking store or the cluster do not allow it, or no config could be used.
     """
-    console = Console()
+    console = list_console()
     resumed = find_sweep(arguments.resume) if arguments.resume is not None else None
     plan = load_sweep(str(resumed.config) if resumed else arguments.sweep[0], arguments.settings, **arguments.changed)
     refuse_unwritable_home()
@@ -75,18 +75,26 @@ def run(arguments: SweepArguments) -> int:
         end_orphaned_parents(store)
         end_orphans(store, spared=resumed.info.id if resumed else None)
         sweep_run = _open(arguments, plan, config, store, resumed)
+        over = sum(trial.ended is not None for trial in sweep_run.journal.trials.values())
+        print_line(console, f"sweep {sweep_run.info.name}" + (f", {over} trials are over" if resumed else ""))
         view = sweep_view(sweep_run.info.id, sweep_run.info.name, plan.keys)
         publish_sweep_view(store.client, sweep_run.info.experiment_id, view)
-        with sweep_run:
-            stopped, failure = _run(_Setting(plan, sweep_run, shards, config, store, slots), interrupts, console)
-            outcome = conclude_sweep(plan, sweep_run)
-            if failure is not None:
-                sweep_run.status = "FAILED"
-            elif stopped:
-                sweep_run.status = "KILLED"
+        early = f"The sweep ended early. To go on: steadymoe sweep --resume {sweep_run.info.name}"
+        try:
+            with sweep_run:
+                stopped, failure = _run(_Setting(plan, sweep_run, shards, config, store, slots), interrupts, console)
+                # All trials are over: it takes seconds, and is worth them.
+                outcome = interrupts.wait(lambda: conclude_sweep(plan, sweep_run), lambda: True)
+                if failure is not None:
+                    sweep_run.status = "FAILED"
+                elif stopped:
+                    sweep_run.status = "KILLED"
+        except KeyboardInterrupt:
+            print_line(console, early)
+            raise
     _tell(sweep_run, outcome, view, console)
     if stopped or failure is not None:
-        print_line(console, f"The sweep ended early. To go on: steadymoe sweep --resume {sweep_run.info.name}")
+        print_line(console, early)
     if isinstance(failure, UserError):
         raise failure
     if failure is not None:
@@ -166,6 +174,7 @@ def _run(setting: _Setting, interrupts: Interrupts, console: Console) -> tuple[b
             if plan.config.nested:
                 trials.save_and_stop()
             else:
+                trials.begin_no_more()
                 stop.set()
             progress.say("Stopping; trials that are not finished go on with --resume. A second time ends it at once.")
             return True
@@ -263,6 +272,17 @@ def _tell_order(outcome: SweepOutcome, console: Console) -> None:
         print_line(console, f"  steadymoe train {outcome.best_file}")
     else:
         print_line(console, "No configuration finished within the constraints, so there is no best one.")
+        if nearest := _nearest(outcome):
+            print_line(console, nearest)
+
+
+def _nearest(outcome: SweepOutcome) -> str | None:
+    """Of those that exceed a constraint, the one that does so the least."""
+    first, objective = outcome.order[0], outcome.plan.config.objective
+    if first.outcome != "finished":
+        return None
+    by = [f"{name} by {by:.4g}" for name, by in first.violations(objective).items() if by > 0]
+    return f"The nearest is {outcome.plan.label(first.values)}, which exceeds {' and '.join(by)}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -112,7 +112,10 @@ class ObjectiveConfig(Config):
 
 
 class ConfirmConfig(Config):
-    """A final in which the best configurations train to their end with the same seeds, so that luck is seen."""
+    """A final in which the best configurations train to their end with the same seeds, so that luck is seen.
+
+    Only what was in it can be the best, unless none of it keeps all constraints.
+    """
 
     top: Annotated[int, Field(ge=2)] = 2
     """Configurations in it."""

@@ -7,9 +7,10 @@ from statistics import stdev
 
 from rich.table import Table
 
+from pipelines.errors import UserError
 from pipelines.loading import dump_config
 from pipelines.run_folder import RunFolder, write_json, write_whole
-from tuning.comparison.comparing import compare_runs
+from tuning.comparison.comparing import Comparison, compare_runs
 from tuning.comparison.findings import findings
 from tuning.comparison.page import PAGE, write_report
 from tuning.objective import LOSS, Configuration, configurations, ranked
@@ -21,6 +22,8 @@ from tuning.sweep_run import JOURNAL, SweepRun
 BEST = "best.yaml"
 RANKING = "ranking.md"
 _ROWS = 10
+_FEWEST = 2
+_PLUS_MINUS = "losses in nats per token: the mean over seeds ± the standard deviation between them"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class SweepOutcome:
             table.add_column(column, justify="left" if column in ("configuration", "outcome") else "right")
         for row in self._rows()[:_ROWS]:
             table.add_row(*row)
-        if len(self.order) > _ROWS:
-            table.caption = f"and {len(self.order) - _ROWS} more in {RANKING}"
+        more = f"and {len(self.order) - _ROWS} more in {RANKING}; " if len(self.order) > _ROWS else ""
+        table.caption = f"{more}{_PLUS_MINUS}"
         return table
 
     def report(self) -> str:
@@ -53,11 +56,12 @@ class SweepOutcome:
         lines = [f"# {config.title}", "", " ".join(config.question.split()), ""]
         lines += ["| " + " | ".join(self._columns()) + " |", "|" + " --- |" * len(self._columns())]
         lines += ["| " + " | ".join(row) + " |" for row in self._rows()]
-        lines += ["", "Losses in nats per token: the mean over seeds ± the standard deviation between them."]
+        lines += ["", f"{_PLUS_MINUS[0].upper()}{_PLUS_MINUS[1:]}."]
         return "\n".join(lines) + "\n"
 
     def _columns(self) -> list[str]:
-        return ["configuration", "outcome", "seeds", "val loss", *self.plan.config.objective.constraints, "steps"]
+        limits = (f"{name} (≤ {most:g})" for name, most in self.plan.config.objective.constraints.items())
+        return ["configuration", "outcome", "seeds", "val loss", *limits, "steps"]
 
     def _rows(self) -> list[list[str]]:
         objective = self.plan.config.objective
@@ -88,10 +92,8 @@ def _loss_words(one: Configuration) -> str:
 def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
     """Rank what there is, and leave report and best config where the run's end brings them to MLflow."""
     config, trials = plan.config, run.journal.trials.values()
-    # What lost a seed in the final leaves its place to those that were not in it.
-    order = ranked(configurations(trials), config.objective, config.confirm.seeds if config.confirm else 0)
-    best = next((one for one in order if one.is_feasible(config.objective)), None)
-    outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST, _compare(plan, run, best))
+    order, best = _order(plan, run.journal)
+    outcome = SweepOutcome(plan, run.info.name, order, best, run.folder.path / BEST, _compare(plan, run))
     write_whole(run.folder.figures / RANKING, outcome.report())
     write_json(run.folder.figures / "results.json", _as_table(plan, order))
     if best is not None:
@@ -111,24 +113,50 @@ def conclude_sweep(plan: SweepPlan, run: SweepRun) -> SweepOutcome:
     return outcome
 
 
-def trial_folders(run: RunFolder) -> list[RunFolder]:
-    """The runs of a sweep's trials that are over and can be compared, as they were begun."""
-    trials = SweepJournal.read(run.path / JOURNAL).trials.values()
-    folders = [RunFolder(Path(t.begun.folder)) for t in trials if t.ended and t.ended.outcome != "failed"]
-    return [folder for folder in folders if folder.is_run]
+def _order(plan: SweepPlan, journal: SweepJournal) -> tuple[Sequence[Configuration], Configuration | None]:
+    """All configurations whose trials are over, and the best, if there is one."""
+    config = plan.config
+    # What lost a seed in the final leaves its place to those that were not in it.
+    seeds = config.confirm.seeds if config.confirm is not None else 0
+    order = ranked(configurations(journal.trials.values()), config.objective, seeds)
+    return order, next((one for one in order if one.is_feasible(config.objective)), None)
 
 
-def _compare(plan: SweepPlan, run: SweepRun, best: Configuration | None) -> Sequence[str]:
+def _comparable(journal: SweepJournal) -> list[RunFolder]:
+    """The runs of the trials that are over and did not fail."""
+    over = (trial for trial in journal.trials.values() if trial.ended and trial.ended.outcome != "failed")
+    return [folder for folder in (RunFolder(Path(trial.begun.folder)) for trial in over) if folder.is_run]
+
+
+def compare_trials(plan: SweepPlan, sweep: RunFolder) -> Comparison:
+    """The trials of a sweep that are over and did not fail, with its best configuration as the reference.
+
+    Raises:
+        UserError: they are fewer than two, or one cannot be read.
+    """
+    journal = SweepJournal.read(sweep.path / JOURNAL)
+    runs = _comparable(journal)
+    if len(runs) < _FEWEST:
+        raise UserError(f"sweep {sweep.info.name}: fewer than two of its trials have come to an end to be compared at")
+    _, best = _order(plan, journal)
+    reference = RunFolder(Path(best.trials[0].begun.folder)) if best is not None else None
+    limits = [f"{name} at most {most:g}" for name, most in plan.config.objective.constraints.items()]
+    within = "the reference is the best within" if best is not None else "nothing finished within"
+    told = f" ({within} {', '.join(limits)})" if limits else ""
+    changed = any(trial.exploits for trial in journal.trials.values())
+    moved = " (values changed on the way: keys are the first ones)" if changed else ""
+    return compare_runs(runs, f"Sweep {sweep.info.name}: {plan.config.title}{told}{moved}", reference)
+
+
+def _compare(plan: SweepPlan, run: SweepRun) -> Sequence[str]:
     """Leave the page of all trials where the run's end brings it to MLflow; what it shows, in sentences."""
     if isinstance(plan.config.scheduler, PbtSchedulerConfig):
         # It would put down to a trial's first values what the last ones did.
         count = sum(len(trial.exploits) for trial in run.journal.trials.values())
         return [f"Values changed on the way, in {count} exploits, so that no loss belongs to one value of a key."]
-    folders = trial_folders(run.folder)
-    if len(folders) < 2:
+    if len(_comparable(run.journal)) < _FEWEST:
         return []
-    reference = RunFolder(Path(best.trials[0].begun.folder)) if best is not None else None
-    comparison = compare_runs(folders, f"Sweep {run.info.name}: {plan.config.title}", reference)
+    comparison = compare_trials(plan, run.folder)
     write_report(comparison, run.folder.figures / PAGE)
     return findings(comparison)
 
@@ -174,7 +202,7 @@ def _measured(value: float | None) -> str:
 def _as_table(plan: SweepPlan, order: Sequence[Configuration]) -> dict[str, object]:
     """As the MLflow UI reads a table: columns and rows."""
     ended = [trial.ended for one in order for trial in one.trials if trial.ended]
-    measures = sorted({name for trial in ended for name in trial.measures})
+    measures = sorted({name for trial in ended for name in trial.measures} - {"steps"})
     rows = [
         [trial.begun.name, plan.label(one.values), trial.begun.seed, trial.ended.outcome, trial.ended.step]
         + [trial.ended.measures.get(name) for name in measures]

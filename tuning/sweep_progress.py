@@ -69,6 +69,8 @@ class SweepProgress:
         # All that have begun: those that wait for a slot, or for their first step, as well.
         count = f"{done}/{len(trials) + left}" if left is not None else f"{done}"
         loss = f"{ended.measures[LOSS]:.4f}" if LOSS in ended.measures else "-"
+        if self._plan.config.seeds > 1 or self._plan.config.confirm is not None:
+            label = f"{label} seed {trials[ended.name].begun.seed}"
         width = max(len(self._plan.label(trial.values)) for trial in trials.values())
         what = {"finished": "", "pruned": f"pruned at {ended.step}", "diverged": "DIVERGED", "failed": "FAILED"}
         how = f"{what[ended.outcome]:<14} {ended.seconds:.0f} s"
@@ -78,7 +80,7 @@ class SweepProgress:
 
     def _best_words(self) -> str:
         best = self._best()
-        return f"best {self._loss(best[0])} at {self._plan.label(best[0].values)}" if best else "none finished yet"
+        return f"best {self._found(best[0])} at {self._plan.label(best[0].values)}" if best else "none finished yet"
 
     def _best(self) -> list[Configuration]:
         # Without the trials that run: a finalist is among the best while its further seeds do.
@@ -87,10 +89,11 @@ class SweepProgress:
         confirm = self._plan.config.confirm
         return ranked(found, self._plan.config.objective, confirm.seeds if confirm else 0)[:_SHOWN]
 
-    @staticmethod
-    def _loss(one: Configuration) -> str:
+    def _found(self, one: Configuration) -> str:
+        """Its loss; the best may be none that keeps the constraints."""
         loss = one.mean(LOSS)
-        return f"{loss:.4f}" if loss is not None else "-"
+        over = "" if one.is_feasible(self._plan.config.objective) else " (over a constraint)"
+        return f"{loss:.4f}{over}" if loss is not None else "-"
 
     def _speak(self) -> None:
         while not self._closed.wait(max(0.0, self._spoke + self._line_latest_s - time.monotonic())):
@@ -113,7 +116,7 @@ class SweepProgress:
             table.add_row("runs", name, standing, label)
         for place, one in enumerate(self._best(), start=1):
             table.add_row(
-                f"{place}.", f"val {self._loss(one)}", f"{len(one.trials)} seed(s)", self._plan.label(one.values)
+                f"{place}.", f"val {self._found(one)}", f"{len(one.trials)} seed(s)", self._plan.label(one.values)
             )
         return Group(table, Text(self._budget_words()))
 

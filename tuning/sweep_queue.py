@@ -107,7 +107,11 @@ class SweepQueue:
     def _in_final(self) -> int:
         """Trials of a whole final."""
         config = self._plan.config
-        return config.confirm.top * (config.confirm.seeds - config.seeds) if config.confirm is not None else 0
+        if config.confirm is None:
+            return 0
+        limits = [limit for limit in (config.budget.trials, self._size()) if limit is not None]
+        top = min([config.confirm.top, *(limit // config.seeds for limit in limits)])
+        return top * (config.confirm.seeds - config.seeds)
 
     def _size(self) -> int | None:
         """Trials of a whole grid."""

@@ -81,7 +81,8 @@ class SweepTrials(TrialSource):
         self._started: dict[str, float] = {}
         self._steps = steps
         self._runs = TrialRuns(store, shards, run.info.id)
-        self._saving, self._in_a_row = False, 0
+        self._ending = self._saving = False
+        self._in_a_row = 0
         self.failure: Exception | None = None
         """Why the sweep cannot go on: a UserError if the config is the reason."""
         for trial in self._journal.trials.values():
@@ -98,7 +99,7 @@ class SweepTrials(TrialSource):
 
     def next(self) -> tuple[str, TrialJob] | Literal["wait", "end"]:
         """The next trial."""
-        if self._saving:
+        if self._ending:
             return "end"
         while self._unfinished and self._was_stopped(self._unfinished[0].name):
             # Killed between the scheduler's word and the trial's end.
@@ -125,8 +126,13 @@ class SweepTrials(TrialSource):
                 self._journal.add(begun)
                 return begun.name, self._job(begun)
 
+    def begin_no_more(self) -> None:
+        """Hand out no further trial."""
+        self._ending = True
+
     def save_and_stop(self) -> None:
-        """Ask the trials that run to save and to stop where they are, and begin no other."""
+        """Ask the trials that run to save and to stop where they are, and hand out no other."""
+        self.begin_no_more()
         self._saving = True
         for tracked in list(self._tracked.values()):
             _ask_to_stop(tracked.folder)

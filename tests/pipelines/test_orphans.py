@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ import pytest
 from pipelines.delivery import deliver
 from pipelines.ending import DESCRIPTION_TAG
 from pipelines.errors import UserError
-from pipelines.home import HOME_VARIABLE, runs_dir
-from pipelines.orphans import end_orphans
-from pipelines.run_folder import RunFolder
-from pipelines.run_lock import RunBusyError, writer_lock
+from pipelines.home import HOME_VARIABLE, runs_dir, sweeps_dir
+from pipelines.orphans import end_orphans, end_orphans_in_background
+from pipelines.run_folder import RunFolder, RunInfo
+from pipelines.run_lock import RunBusyError, RunLock, writer_lock
 from pipelines.spool import SpoolReader
 from pipelines.tracking import Tracker
-from pipelines.tracking_store import URI_VARIABLE, TrackingStore, local_database, open_store
+from pipelines.tracking_store import URI_VARIABLE, TrackingStore, local_database, open_store, shown
+from tests.pipelines.mlflow_server import wait_until
 from tests.pipelines.tracked import DATASET, config, points, train
 
 # For every home that it reads, as a process of its own would; importing what a driver needs takes seconds.
@@ -178,3 +180,17 @@ def test_a_driver_that_vanishes_while_it_resumes_leaves_a_run_that_is_ended(
     assert its_store.client.get_run(vanished.info.id).info.status == "RUNNING"
     end_orphans(its_store)
     assert its_store.client.get_run(vanished.info.id).info.status == "KILLED"
+
+
+def test_a_sweep_whose_driver_vanished_is_ended_by_the_next_training(store: TrackingStore) -> None:
+    run = store.client.create_run(store.experiment_id("steadymoe-sweeps"), run_name="gone")
+    folder = RunFolder(sweeps_dir() / run.info.run_id)
+    info = RunInfo(run.info.run_id, "gone", "steadymoe-sweeps", run.info.experiment_id, "2026-01-01", shown(store.uri))
+    folder.write_info(info)
+    lock = RunLock(folder)
+    end_orphans_in_background(store, parents=True)
+    wait_until(lambda: "orphans" not in {thread.name for thread in threading.enumerate()})
+    assert store.client.get_run(info.id).info.status == "RUNNING"  # somebody works on it
+    lock.release()
+    end_orphans_in_background(store, parents=True)
+    wait_until(lambda: store.client.get_run(info.id).info.status == "KILLED")

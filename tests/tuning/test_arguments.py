@@ -94,6 +94,9 @@ def test_what_is_given_in_place_of_the_sweep_s_own_budget() -> None:
     assert (given.changed, given.settings) == ({"budget": {"minutes": 0.5, "trials": 3}}, ["seed=1"])
     assert sweep("--resume", "stability-1", "--trials", "9").changed == {"budget": {"trials": 9}}
     assert sweep("stability", "--nested").changed == {"nested": True}
+    # Of the same store, where the server is gone.
+    uri = "tracking.uri=sqlite:////h/mlflow.db"
+    assert sweep("--resume", "stability-1", "--set", uri).settings == [uri]
 
 
 @pytest.mark.parametrize(

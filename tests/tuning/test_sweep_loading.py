@@ -134,6 +134,7 @@ OF_THE_SPACE: list[tuple[dict[str, Any], str]] = [
     (two(tracking__experiment=numbers(1, 2)), "space.tracking.experiment: cannot be swept: it changes nothing that"),
     ({"space": {**GRID, "optimizer.": numbers(1, 2)}}, "space.optimizer.: should be a dotted key of a run's config"),
     ({"space": {}}, "space: should"),
+    ({"objective": {"constraints": {"max_vio": 1.0}}}, "objective.constraints.max_vio: unknown; did you mean max_vio_"),
     ({"space": {LR: {"kind": "grids", "values": [1, 2]}}}, "space.optimizer.lr.kind: 'grids' is no kind of space; did"),
     ({"space": {LR: {"kind": "grid", "values": [1, "a"]}}}, "space.optimizer.lr: values: should be finite numbers"),
     ({"space": {LR: numbers(0.1, math.inf)}}, "space.optimizer.lr: values: should be finite numbers, and inf is none"),

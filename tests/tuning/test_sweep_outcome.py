@@ -129,4 +129,5 @@ def test_a_terminal_shows_ten_and_says_how_many_more_there_are(tmp_path: Path, c
         end(scene.journal, begin(scene.journal, number), 2.0 + number)
     table = scene.conclude().table()
     assert table.row_count == 10
-    assert table.caption == (None if count == 10 else "and 2 more in ranking.md")
+    figures = "losses in nats per token: the mean over seeds ± the standard deviation between them"
+    assert table.caption == (figures if count == 10 else f"and 2 more in ranking.md; {figures}")

@@ -64,6 +64,24 @@ def test_a_finalist_whose_further_seed_runs_stays_the_best(tmp_path: Path) -> No
     assert out.getvalue().rstrip().endswith("best 2.0000 at lr=0.001")
 
 
+def test_a_best_that_exceeds_a_constraint_is_called_so_and_seeds_are_told_apart(tmp_path: Path) -> None:
+    changes = {**FOUR, "objective": {"constraints": {"dead_experts": 1.0}}, "confirm": {"top": 2, "seeds": 2}}
+    plan, journal = plan_of(tmp_path, changes), SweepJournal(tmp_path / "trials.jsonl")
+    queue, out = SweepQueue(plan, journal, 2, 1000, 0.0), io.StringIO()
+    with SweepProgress(plan, journal, queue, {}, Console(file=out, width=200)) as progress:
+        for number, dead in enumerate((3.0, 0.0)):
+            name = begin(journal, number)
+            end(journal, name, 2.0 + number, dead_experts=dead)
+            known = journal.trials[name]
+            assert known.ended is not None
+            progress.trial_ended(plan.label(known.values), known.ended)
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert lines == [
+        "[1/6] lr=0.001 seed 0 val 2.0000 10 s best 2.0000 (over a constraint) at lr=0.001",
+        "[2/6] lr=0.002 seed 0 val 3.0000 10 s best 3.0000 at lr=0.002",
+    ]
+
+
 def test_a_log_says_now_and_then_that_trials_run(tmp_path: Path) -> None:
     plan, journal = plan_of(tmp_path, FOUR), SweepJournal(tmp_path / "trials.jsonl")
     queue, out = SweepQueue(plan, journal, 2, 1000, 60.0, lambda: 0.0), io.StringIO()

@@ -176,6 +176,13 @@ def test_trials_that_an_earlier_command_began_do_not_set_the_pace(tmp_path: Path
     assert len(scene.run(seconds=50.0)) == 3
 
 
+def test_a_final_is_of_no_more_configurations_than_the_budget_holds(tmp_path: Path, path: Path) -> None:
+    changes = {**NINE, "confirm": {"top": 5, "seeds": 3}, "budget": {"trials": 2}}
+    scene = Scene(plan_of(tmp_path, changes), path)
+    assert scene.queue.left == 2 + 4
+    assert len(scene.run()) == 6
+
+
 def test_the_final_gives_the_best_the_seeds_that_they_lack_seed_by_seed(tmp_path: Path, path: Path) -> None:
     scene = Scene(plan_of(tmp_path, {**NINE, "confirm": {"top": 3, "seeds": 3}}), path)
     losses = [5.0, 2.0, 9.0, 1.0, 7.0, 3.0, 1.5, 8.0, 6.0]
