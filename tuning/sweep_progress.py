@@ -69,12 +69,12 @@ class SweepProgress:
         # All that have begun: those that wait for a slot, or for their first step, as well.
         count = f"{done}/{len(trials) + left}" if left is not None else f"{done}"
         loss = f"{ended.measures[LOSS]:.4f}" if LOSS in ended.measures else "-"
-        if self._plan.config.seeds > 1 or self._plan.config.confirm is not None:
-            label = f"{label} seed {trials[ended.name].begun.seed}"
-        width = max(len(self._plan.label(trial.values)) for trial in trials.values())
+        several = self._plan.config.seeds > 1 or self._plan.config.confirm is not None
+        seed = f" seed {trials[ended.name].begun.seed}" if several else ""
+        width = max(len(self._plan.label(trial.values)) for trial in trials.values()) + len(seed)
         what = {"finished": "", "pruned": f"pruned at {ended.step}", "diverged": "DIVERGED", "failed": "FAILED"}
         how = f"{what[ended.outcome]:<14} {ended.seconds:.0f} s"
-        self.say(f"[{count}] {label:<{width}}  val {loss}  {how}  {self._best_words()}")
+        self.say(f"[{count}] {label + seed:<{width}}  val {loss}  {how}  {self._best_words()}")
         if ended.outcome == "failed" and ended.reason:
             self.say(f"  {ended.reason}")
 
