@@ -32,6 +32,9 @@ from tuning.sweep_loading import load_sweep
 from tuning.sweep_outcome import compare_trials
 
 _NAMED = 3
+# More are told in lines: cells would be cut to a letter.
+_KEYS_IN_TABLE = 8
+_LINES = 10
 
 
 def run(folders: Sequence[RunFolder], out: Path | None) -> int:
@@ -110,12 +113,21 @@ def _title(folders: Sequence[RunFolder]) -> str:
 def _print(comparison: Comparison, console: Console) -> None:
     """Table, headline, findings, caveats."""
     sheet = configurations_sheet(comparison)
+    in_lines = len(comparison.keys) > _KEYS_IN_TABLE
+    columns = [n for n, heading in enumerate(sheet.headings) if not (in_lines and heading in comparison.keys)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(sheet.headings):
-        table.add_column(comparison.short.get(heading, heading), justify="left" if number == 0 else "right")
+    for n in columns:
+        heading = sheet.headings[n]
+        table.add_column(comparison.short.get(heading, heading), justify="left" if n == 0 else "right")
     for row in sheet.texts:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(row[n]) for n in columns))
     console.print(table)
+    for each in comparison.configurations[:_LINES]:
+        number, _, values = each.name.partition(" ")
+        names = ", ".join(run.info.name for run in each.runs)
+        print_line(console, f"{number} is {names}{f': {values}' if in_lines else ''}")
+    if (more := len(comparison.configurations) - _LINES) > 0:
+        print_line(console, f"and {more} more, in the report")
     print_line(console, headline(comparison))
     for sentence in findings(comparison):
         print_line(console, f"- {sentence}")

@@ -14,7 +14,7 @@ from pipelines.run_folder import RunFolder, comparison_folders, write_json
 from pipelines.tracking_store import URI_VARIABLE
 from tests.pipelines.browser import NEEDS_A_BROWSER, Page
 from tests.pipelines.mlflow_server import Server
-from tests.tuning.comparison.made import Made
+from tests.tuning.comparison.made import Made, folders
 
 pytestmark = pytest.mark.slow
 
@@ -97,6 +97,22 @@ def test_the_report_is_in_mlflow_and_where_it_was_asked_for(home: Path, capsys: 
     assert f"/runs/{folder.info.id}/artifacts/figures/compare.html" in printed
     # The headline, and the findings, are what people see of it in the UI.
     assert run.data.tags["mlflow.note.content"].splitlines()[0] in printed
+
+
+def test_keys_that_find_no_room_in_a_terminal_are_told_run_by_run(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("lr", "beta1", "beta2", "weight_decay", "eps")
+    other = [f"optimizer.{key}={value}" for key, value in zip(keys, (0.02, 0.8, 0.97, 0.3, 1e-6), strict=True)]
+    other += ["schedule.warmup_steps=3", "stability.clip.kind=zclip", "model.moe.top_k=1", "model.init.std=0.01"]
+    folders(Made("a", loss=3.0), Made("b", tuple(other), loss=4.0))
+    assert main(["compare", "id-a", "id-b"]) == 0
+    printed = capsys.readouterr().out
+    (first, second) = re.findall(r"^#\d is .*$", printed, re.MULTILINE)
+    assert first.startswith("#1 is a: ")
+    assert second.startswith("#2 is b: ")
+    assert "lr 0.02, " in second
+    assert "warmup" not in printed.split("#1 is a")[0]  # no column, which would be a letter wide
 
 
 def test_without_a_tracking_server_the_report_is_on_the_disk(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
