@@ -34,6 +34,7 @@ def deliver(arguments: DeliverArguments) -> int:
     from pipelines.delivery import deliver as deliver_run
     from pipelines.home import runs_dir
     from pipelines.run_folder import find_folder, parent_folders, run_folders, sweep_folders, unknown_trials
+    from pipelines.spike_words import counted
 
     runs = list(run_folders())
     folder = find_folder(arguments.run, [*runs, *parent_folders()], "run", "runs", runs_dir())
@@ -44,9 +45,10 @@ def deliver(arguments: DeliverArguments) -> int:
     also = f" and {len(trials)} of its trials" if trials else ""
     print(f"MLflow has everything that run {folder.info.name}{also} recorded.")
     if folder in sweep_folders() and (unknown := unknown_trials(folder)):
+        name, told = folder.info.name, counted(unknown, "trial")
         raise UserError(
-            f"{unknown} trials of sweep {folder.info.name} began while MLflow was away, and it has no runs of them; "
-            f"`steadymoe sweep --resume {folder.info.name}` tells it"
+            f"{told} of sweep {name} began while MLflow was away, and cannot be sent alone; "
+            f"`steadymoe sweep --resume {name}` tells it"
         )
     return EXIT_DONE
 

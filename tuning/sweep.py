@@ -24,6 +24,7 @@ from pipelines.ray_session import ray_session, refuse_impossible_cluster, runs_a
 from pipelines.run_folder import RunFolder, find_sweep
 from pipelines.saved_view import View
 from pipelines.shards import Shards
+from pipelines.spike_words import counted
 from pipelines.summary import print_links
 from pipelines.sweep_view import sweep_view
 from pipelines.terminal import list_console, print_line
@@ -76,7 +77,8 @@ def run(arguments: SweepArguments) -> int:
         end_orphans(store, spared=resumed.info.id if resumed else None)
         sweep_run = _open(arguments, plan, config, store, resumed)
         over = sum(trial.ended is not None for trial in sweep_run.journal.trials.values())
-        print_line(console, f"sweep {sweep_run.info.name}" + (f", {over} trials are over" if resumed else ""))
+        already = f", {counted(over, 'trial')} over already" if resumed else ""
+        print_line(console, f"sweep {sweep_run.info.name}{already}")
         view = sweep_view(sweep_run.info.id, sweep_run.info.name, plan.keys)
         publish_sweep_view(store.client, sweep_run.info.experiment_id, view)
         early = f"The sweep ended early. To go on: steadymoe sweep --resume {sweep_run.info.name}"
