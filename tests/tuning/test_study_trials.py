@@ -10,8 +10,7 @@ from mlflow.entities import Run
 
 from pipelines.errors import UserError
 from pipelines.prepare import prepare
-from pipelines.tracking_store import TrackingStore, local_database, open_store
-from tests.home import home_at
+from pipelines.tracking_store import TrackingStore
 from tests.pipelines.small_run import SETTINGS
 from tuning.blocks import Blocks
 from tuning.results import TrialKey
@@ -26,13 +25,6 @@ CLAIM = {
     "says": "nothing",
     "conditions": [{"left": {"arm": "a", "measure": "val_loss"}, "relation": "below", "right": 9.0}],
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
-    """A STEADYMOE_HOME with its database for all tests here; making one takes seconds."""
-    with home_at(tmp_path_factory.mktemp("home")):
-        yield open_store(local_database())
 
 
 def _study(**arm_b: object) -> StudyConfig:
